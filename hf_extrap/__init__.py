@@ -1,0 +1,38 @@
+"""Extrapolation for large-batch training (Lin, Kong, Stich, Jaggi, ICML 2020) for Hugging Face and PyTorch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .optim.config import PRESETS, ExtrapConfig
+    from .optim.extrapolated import Extrapolated
+    from .training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments
+    from .training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer, ExtrapTrainerMixin
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PRESETS": "optim.config",
+    "ExtrapConfig": "optim.config",
+    "Extrapolated": "optim.extrapolated",
+    "ExtrapTrainingArguments": "training.arguments",
+    "ExtrapSeq2SeqTrainingArguments": "training.arguments",
+    "ExtrapTrainer": "training.trainer",
+    "ExtrapSeq2SeqTrainer": "training.trainer",
+    "ExtrapTrainerMixin": "training.trainer",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import hf_extrap` stays light."""
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The optimizer wrapper: PyTorch alone, for any training loop."""
