@@ -1,0 +1,37 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := setup.cfg pyproject.toml constraints.txt
+
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := run
+.PHONY: run test lint clean
+
+# Trains the built-in language model with extrapolation in two processes.
+run: .venv/installed
+	rm -rf runs/builtin
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m hf_extrap train \
+	    configs/language_modeling/builtin_lstm.yaml --output_dir runs/builtin
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10
+
+lint: .venv/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_extrap needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-%: .venv/installed
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info
