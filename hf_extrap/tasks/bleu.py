@@ -1,0 +1,109 @@
+"""BLEU as an `evaluate` metric that needs no network, and the metrics of a translation model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+_DESCRIPTION = """
+Corpus BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of detokenised, cased text, computed by sacreBLEU
+(Post, 2018) with its default settings; the signature names them.
+"""
+_INPUTS = "predictions: list of str, one a sentence; references: list of str, one a prediction."
+_CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018, https://aclanthology.org/W18-6319."
+
+
+class Bleu(evaluate.Metric):
+    """sacreBLEU behind the interface of `evaluate`, without the script that `evaluate.load` fetches.
+
+    `compute(predictions=[...], references=[...])` takes one reference a prediction and returns `score` (0 to 100),
+    `counts` and `totals` (matching and all n-grams for n = 1 to 4), `precisions`, `brevity_penalty`,
+    `system_length`, `reference_length`, `signature`, `chrf` (0 to 100) and `chrf_signature`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+        bleu, chrf = BLEU(), CHRF()
+        score = bleu.corpus_score(list(predictions), [list(references)])
+        chrf_score = chrf.corpus_score(list(predictions), [list(references)])
+        return {
+            "score": score.score,
+            "counts": list(score.counts),
+            "totals": list(score.totals),
+            "precisions": list(score.precisions),
+            "brevity_penalty": score.bp,
+            "system_length": score.sys_len,
+            "reference_length": score.ref_len,
+            "signature": str(bleu.get_signature()),
+            "chrf": chrf_score.score,
+            "chrf_signature": str(chrf.get_signature()),
+        }
+
+
+def bleu_signature() -> str:
+    """Return sacreBLEU's signature of the scores that `Bleu` computes with one reference a sentence."""
+    return Bleu().compute(predictions=["a"], references=["a"])["signature"]
+
+
+class TranslationMetrics:
+    """`compute_metrics` of a `Seq2SeqTrainer` with `predict_with_generate`: BLEU and chrF of the decoded text.
+
+    Rows without labels are fillers (see `FullBatches`) and do not count.
+
+    Args:
+        tokenizer: Decodes predictions and labels.
+        references: Texts to use in place of decoded labels, by their label ids: those that decoding does not give
+            back exactly.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, references: Mapping[tuple[int, ...], str] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.references = dict(references or {})
+        self.bleu = Bleu()
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Return `bleu`, `chrf` (0 to 100) and `length_ratio` (words of the system over words of the references).
+
+        Args:
+            prediction: `predictions` and `label_ids` of shapes (rows, tokens), padded with -100 or the pad token.
+        """
+        predictions, references = self.texts(prediction.predictions, prediction.label_ids)
+        result = self.bleu.compute(predictions=predictions, references=references)
+        return {
+            "bleu": result["score"],
+            "chrf": result["chrf"],
+            "length_ratio": result["system_length"] / max(result["reference_length"], 1),
+        }
+
+    def texts(self, predictions: np.ndarray, label_ids: np.ndarray) -> tuple[list[str], list[str]]:
+        """Decode predictions and references, leaving out fillers; both lists are aligned."""
+        pad = self.tokenizer.pad_token_id
+        labels = [tuple(int(token) for token in row if token not in (-100, pad)) for row in np.asarray(label_ids)]
+        rows = np.where(np.asarray(predictions) < 0, pad, predictions)
+        kept = [(row, label) for row, label in zip(rows, labels, strict=True) if label]
+        decoded = self.tokenizer.batch_decode([row for row, _ in kept], skip_special_tokens=True)
+        references = [
+            self.references.get(label, None) or self.tokenizer.decode(label, skip_special_tokens=True)
+            for _, label in kept
+        ]
+        return [text.strip() for text in decoded], [text.strip() for text in references]

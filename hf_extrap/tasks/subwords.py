@@ -1,0 +1,55 @@
+"""A joint byte-pair encoding of source and target language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, EOS, BOS, UNK = "<pad>", "</s>", "<s>", "<unk>"
+#: Bytes and special tokens: the vocabulary before the first merge.
+SMALLEST_VOCABULARY = 256 + 4
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, *, model_max_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on the texts of both languages.
+
+    Every text comes back exactly from its ids, umlauts and unseen characters included. Encoding ends with `</s>`;
+    `<s>` only starts the decoder. A word has the same ids at the start of a sentence and within it.
+
+    Args:
+        texts: Sentences of both languages.
+        vocab_size: Number of tokens wanted; a small corpus may give fewer.
+        model_max_length: Where `truncation=True` cuts, in tokens.
+
+    Raises:
+        ValueError: If `vocab_size` cannot hold the bytes and the special tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"`vocab_size` is {vocab_size}: byte-level BPE needs at least {SMALLEST_VOCABULARY}.")
+    tokenizer = Tokenizer(models.BPE())
+    # A space before the first word makes it the same token as elsewhere; the decoder takes exactly one away again.
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, BOS, UNK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        bos_token=BOS,
+        unk_token=UNK,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )

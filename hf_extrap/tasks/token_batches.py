@@ -1,0 +1,139 @@
+"""Batches counted in tokens: fixed, length-grouped batches for training, full ones for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+#: One example: `input_ids`, `attention_mask` and `labels`, each a list of ints.
+Example = dict[str, list[int]]
+
+
+class TokenBatches(Dataset):
+    """A map-style dataset whose items are ready batches of examples of similar length.
+
+    Which examples share a batch is fixed once, by a seeded shuffle followed by a stable sort by length (as in
+    fairseq). Only the order of the batches changes from epoch to epoch, by the trainer's own sampler, so sharding
+    over processes and resuming in the middle of an epoch work as with any other dataset. Use it with
+    `per_device_train_batch_size=1` and an `UnwrappingCollator`.
+
+    Args:
+        examples: Rows with `input_ids` and `labels`; read once and kept in memory.
+        batch_tokens: Upper limit of a batch's size in tokens, padding included, on the source and on the target side:
+            number of examples x longest source, and x longest target.
+        seed: Seed of the shuffle.
+
+    Raises:
+        ValueError: If there is no example, or one that is longer than `batch_tokens`.
+    """
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], batch_tokens: int, seed: int = 0) -> None:
+        self.examples: list[Example] = [dict(example) for example in examples]
+        if not self.examples:
+            raise ValueError("there is no training example to make batches of.")
+        sources, targets = lengths(self.examples)
+        longest = int(max(sources.max(), targets.max()))
+        if longest > batch_tokens:
+            raise ValueError(
+                f"`batch_tokens` is {batch_tokens}, less than the {longest} tokens of the longest example: "
+                "raise it or lower `max_length`."
+            )
+        self.batch_tokens = batch_tokens
+        self.batches = _group(sources, targets, batch_tokens, seed)
+        self.target_tokens = int(targets.sum())
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        return [self.examples[i] for i in self.batches[index]]
+
+    @property
+    def tokens_per_batch(self) -> float:
+        """Mean number of target tokens in a batch, padding not counted."""
+        return self.target_tokens / len(self)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the target positions of an epoch that is padding, from 0 to 1."""
+        _, targets = lengths(self.examples)
+        positions = sum(len(batch) * int(targets[batch].max()) for batch in self.batches)
+        return 1.0 - self.target_tokens / positions
+
+
+def lengths(examples: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of source and of target tokens of each example, both of shape (examples,)."""
+    sources = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
+    return sources, np.array([len(example["labels"]) for example in examples], dtype=np.int64)
+
+
+def _group(sources: np.ndarray, targets: np.ndarray, batch_tokens: int, seed: int) -> list[np.ndarray]:
+    order = np.random.default_rng(seed).permutation(len(sources))
+    order = order[np.lexsort((sources[order], targets[order]))]
+    batches, start, longest = [], 0, 0
+    for position, index in enumerate(order):
+        longest_with_it = max(longest, int(sources[index]), int(targets[index]))
+        if (position + 1 - start) * longest_with_it > batch_tokens:
+            batches.append(order[start:position])
+            start, longest_with_it = position, int(max(sources[index], targets[index]))
+        longest = longest_with_it
+    batches.append(order[start:])
+    return batches
+
+
+class FullBatches(Dataset):
+    """Evaluation examples in the order of their length, such that every batch of every process is full.
+
+    `Seq2SeqTrainer` gathers predictions with `gather`, which needs equally many rows from each process and keeps the
+    rows that a sampler repeats to fill the last batches. Here the gaps are filled beforehand, and recognisably: a
+    filler has the source of the example before it and no labels, and `TranslationMetrics` leaves out rows without
+    labels. So each example is counted exactly once with any number of processes.
+
+    Args:
+        examples: Rows with `input_ids`, `attention_mask` and `labels`; labels must not be empty.
+        batch_size: Examples in a batch of one process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, examples: Sequence[Mapping[str, Any]], batch_size: int, world_size: int) -> None:
+        rows: list[Example] = [dict(example) for example in examples]
+        sources, targets = lengths(rows)
+        if len(rows) == 0 or targets.min() == 0:
+            raise ValueError("evaluation needs at least one example, and labels that are not empty.")
+        rows = [rows[i] for i in np.lexsort((targets, sources))]
+        batches = -(-len(rows) // (batch_size * world_size)) * world_size
+        self.number_of_examples = len(rows)
+        self.items: list[Example] = []
+        for chunk in np.array_split(np.arange(len(rows)), batches):
+            batch = [rows[i] for i in chunk] or [_filler(self.items[-1])]
+            self.items += batch + [_filler(batch[-1])] * (batch_size - len(batch))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.items[index]
+
+
+def _filler(example: Example) -> Example:
+    return {**example, "labels": []}
+
+
+class UnwrappingCollator:
+    """Collates items that are examples, or ready batches of examples, with another collator.
+
+    Args:
+        collator: Takes a list of examples and returns a batch of tensors.
+    """
+
+    def __init__(self, collator: Callable[[list[Example]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, items: Sequence[Example | list[Example]]) -> Any:
+        examples: list[Example] = []
+        for item in items:
+            examples.extend(item if isinstance(item, list) else [item])
+        return self.collator(examples)
