@@ -1,0 +1,98 @@
+"""Where this process's own gradient is seen: hooks on the parameters, before any averaging."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+class GradientCapture:
+    """Copies each parameter's gradient as backward makes it, and keeps the squared norm of every pass.
+
+    A hook on a parameter runs before its gradient is accumulated, so before DistributedDataParallel, or any other
+    engine that keeps whole parameters, averages it. One kind of hook therefore serves a single process, virtual
+    workers and data-parallel processes.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+        self._into: list[Tensor | None] | None = None
+        self._filled: set[int] = set()
+        self._scale = 1.0
+        self._dtype: torch.dtype | None = None
+        self.seen = False
+        """Whether any gradient has come since `forget`."""
+        self.pass_squares: list[Tensor] | None = None
+        """‖gradient‖² of every pass since statistics were asked for; None while they are not."""
+        self._pass_started = False
+
+    def attach(self, params: Sequence[Tensor]) -> None:
+        """Put a hook on every parameter that takes a gradient and has none yet."""
+        for index, param in enumerate(params):
+            known = self._handles.get(index)
+            if known is not None and known[0]() is param:
+                continue
+            if known is not None:
+                known[1].remove()
+                del self._handles[index]
+            if param.requires_grad:
+                self._handles[index] = (weakref.ref(param), param.register_hook(_hook(weakref.ref(self), index)))
+
+    def into(self, buffers: list[Tensor | None] | None, filled: set[int], scale: float, dtype: torch.dtype | None) -> None:
+        """Choose where gradients go from now on.
+
+        Args:
+            buffers: one a parameter, None where there is none yet; None for nowhere.
+            filled: the indices of buffers that hold something already, which is added to; changed in place.
+            scale: a gradient is multiplied by it, which takes out the loss scale.
+            dtype: of new buffers; None for the gradient's own.
+        """
+        self._into, self._filled, self._scale, self._dtype = buffers, filled, scale, dtype
+
+    def start_pass(self) -> None:
+        """Count what comes next as a pass of its own in `pass_squares`."""
+        self._pass_started = False
+
+    def forget(self) -> None:
+        """Start a step: nothing seen, nothing wanted."""
+        self.seen = False
+        self._into = None
+        self.pass_squares = None
+        self._pass_started = False
+
+    def _see(self, index: int, grad: Tensor) -> None:
+        self.seen = True
+        grad = grad.detach()
+        if grad.layout is not torch.strided:
+            raise RuntimeError("extrapolation needs dense gradients: build the embedding with sparse=False.")
+        if self.pass_squares is not None:
+            square = torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+            if not self._pass_started:
+                self.pass_squares.append(square.square())
+                self._pass_started = True
+            else:
+                self.pass_squares[-1] += square.square().to(self.pass_squares[-1].device)
+        if self._into is None:
+            return
+        buffer = self._into[index]
+        if buffer is None:
+            buffer = self._into[index] = torch.empty_like(grad, dtype=self._dtype or grad.dtype)
+        if index in self._filled:
+            buffer.add_(grad, alpha=self._scale)
+        else:
+            torch.mul(grad, self._scale, out=buffer)
+            self._filled.add(index)
+
+
+def _hook(capture: weakref.ref[GradientCapture], index: int):
+    """A hook that keeps nothing alive: parameters outlive optimizers."""
+
+    def see(grad: Tensor) -> None:
+        if (alive := capture()) is not None:
+            alive._see(index, grad)
+
+    return see
