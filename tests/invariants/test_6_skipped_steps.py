@@ -1,0 +1,125 @@
+"""Invariant 6: a skipped step leaves x and the base's state as they were, drops the direction, and is reported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from plain_loop import BASES, distance, identical, make_batch, make_model, run_plain_loop, values
+from torch import Tensor, nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import extrapolate
+
+PAST = ["extrap-past", "optimistic", "past-update"]
+OTHERS = ["extrap", "extragradient", "gaussian", "smoothout", "sam", "asam"]
+
+
+def poisoned(bad_step: int, bad_worker: int, dtype: torch.dtype) -> Callable[[int, int, bool], tuple[Tensor, Tensor]]:
+    """Batches of which one holds an infinity."""
+
+    def batch(step: int, worker: int, probe: bool) -> tuple[Tensor, Tensor]:
+        inputs, labels = make_batch(step, worker, probe, dtype)
+        if (step, worker) == (bad_step, bad_worker):
+            inputs = torch.full_like(inputs, torch.nan)
+        return inputs, labels
+
+    return batch
+
+
+def states(optimizer: Extrapolated) -> list[Tensor]:
+    return [v.clone() for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("preset", PAST + OTHERS)
+def test_a_non_finite_gradient_skips_the_step(preset: str, base: str) -> None:
+    model = make_model()
+    config = ExtrapConfig.preset(preset)
+    optimizer = Extrapolated(BASES[base](list(model.parameters())), config, virtual_workers=2)
+    batch = poisoned(3, 1, torch.float64)
+    run_plain_loop(model, optimizer, config, [0, 1], steps=3, batch=batch)
+    x, state = values(list(model.parameters())), states(optimizer)
+    assert len(state) >= 4
+    assert optimizer.skipped_steps == 0
+
+    run_plain_loop(model, optimizer, config, [0, 1], first=3, steps=1, batch=batch)
+    assert identical(x, list(model.parameters()))
+    assert identical(state, states(optimizer))
+    assert optimizer.skipped_steps == 1
+
+    run = run_plain_loop(model, optimizer, config, [0, 1], first=4, steps=2, batch=batch)
+    moved = [distance(y, x) for x, ys in zip(run.x, run.y, strict=False) for y in ys]
+    if preset in PAST:
+        assert moved[:2] == [0, 0]
+    else:
+        assert min(moved[:2]) > 1e-5
+    assert min(moved[2:]) > 1e-5
+    assert optimizer.skipped_steps == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("preset", PAST + ["extrap", "extragradient", "sam"])
+def test_skipping_as_in_the_textbook(preset: str) -> None:
+    """The reference skips too: the iterates after a skipped step are the same."""
+    config = ExtrapConfig.preset(preset)
+    batch = poisoned(3, 1, torch.float64)
+    model = make_model()
+    names = [name for name, _ in model.named_parameters()]
+    untouched = copy.deepcopy(model)
+
+    def loss_of(k: int) -> Callable[[list[Tensor], int, bool], Tensor]:
+        def loss(point: list[Tensor], step: int, probe: bool) -> Tensor:
+            inputs, labels = batch(step, k, False)
+            outputs = torch.func.functional_call(untouched, dict(zip(names, point, strict=True)), (inputs,))
+            return nn.functional.cross_entropy(outputs, labels)
+
+        return loss
+
+    textbook = extrapolate(list(model.parameters()), [loss_of(0), loss_of(1)], BASES["sgd"], config, 8)
+    optimizer = Extrapolated(BASES["sgd"](list(model.parameters())), config, virtual_workers=2)
+    run = run_plain_loop(model, optimizer, config, [0, 1], steps=8, batch=batch)
+    assert textbook.skipped == optimizer.skipped_steps == 1
+    assert max(distance(a, b) for a, b in zip(run.x, textbook.x, strict=True)) < 1e-11
+
+
+@pytest.mark.parametrize("preset", ["extrap-past", "optimistic", "past-update", "extrap", "sam"])
+def test_an_overflow_under_the_grad_scaler(preset: str) -> None:
+    """The scaler itself withholds the step: x must come back, and no stale, infinite direction may live on."""
+    model = make_model(torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = Extrapolated(BASES["sgd"](list(model.parameters())), ExtrapConfig.preset(preset), grad_scaler=scaler)
+
+    def step(inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+        """How far y was from x, and how far x went."""
+        x = values(list(model.parameters()))
+        if optimizer.wants_probe:
+            with optimizer.probing():
+                scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
+        optimizer.train()
+        moved = distance(x, list(model.parameters()))
+        scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        optimizer.eval()
+        return moved, distance(x, list(model.parameters()))
+
+    for t in range(3):
+        step(*make_batch(t, 0, dtype=torch.float32))
+    x, state = values(list(model.parameters())), states(optimizer)
+    inputs, labels = make_batch(3, 0, dtype=torch.float32)
+    step(torch.full_like(inputs, torch.inf), labels)
+    assert identical(x, list(model.parameters()))
+    assert identical(state, states(optimizer))
+    assert scaler.get_scale() == 2.0**9
+
+    moved, went = step(*make_batch(4, 0, dtype=torch.float32))
+    assert (moved == 0) == (preset in PAST)
+    assert 1e-5 < went < 1
+    assert optimizer.skipped_steps == 1
+    moved, went = step(*make_batch(5, 0, dtype=torch.float32))
+    assert 1e-5 < moved < 1 and 1e-5 < went < 1

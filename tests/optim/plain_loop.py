@@ -1,0 +1,229 @@
+"""A small problem and the plain training loop that the optimizer tests share, in one process and under DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import Loss, Trajectory, extrapolate
+
+STEPS = 9
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(11)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def make_batch(
+    step: int, worker: int, probe: bool = False, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Inputs (7, 5) and labels (7,) that depend on the step, the worker and, if asked for, the pass."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * worker + probe)
+    inputs = torch.randn(7, 5, generator=generator, dtype=torch.float64).to(dtype)
+    return inputs, torch.randint(3, (7,), generator=generator)
+
+
+def two_groups(parameters: Sequence[Tensor], lr: float) -> list[dict[str, object]]:
+    return [{"params": list(parameters[:2]), "lr": lr}, {"params": list(parameters[2:]), "lr": lr / 3}]
+
+
+def sgd(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(two_groups(parameters, 0.3), lr=0.3, momentum=0.9, nesterov=True, weight_decay=1e-2)
+
+
+def adamw(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    # A large eps: where a gradient is tiny, Adam would magnify the rounding of its last bits.
+    return torch.optim.AdamW(two_groups(parameters, 0.05), lr=0.05, eps=1e-3, weight_decay=1e-2)
+
+
+BASES: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
+
+
+def warm_up_and_decay(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    return LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 3) * 0.9**t)
+
+
+@dataclass
+class Cell:
+    """One scheme of the equivalence tests, and whether the gradient is clipped."""
+
+    config: ExtrapConfig
+    max_grad_norm: float | None = None
+
+
+def _cell(preset: str, max_grad_norm: float | None = None, **overrides: object) -> Cell:
+    return Cell(ExtrapConfig.preset(preset, **overrides), max_grad_norm)
+
+
+CELLS: dict[str, Cell] = {
+    # The presets without fresh noise, as they are.
+    "none": _cell("none"),
+    "extrap": _cell("extrap", step_ratio=0.5),
+    "extrap-past": _cell("extrap-past", step_ratio=0.5),
+    "extragradient": _cell("extragradient"),
+    "optimistic": _cell("optimistic"),
+    "past-update": _cell("past-update"),
+    "sam": _cell("sam"),
+    "asam": _cell("asam"),
+    # The step size from the curvature.
+    "extrap-auto": _cell("extrap", step_size="auto"),
+    "extrap-past-auto": _cell("extrap-past", step_size="auto", probe_every=3),
+    "extragradient-auto": _cell("extragradient", step_size="auto"),
+    "optimistic-auto": _cell("optimistic", step_size="auto", probe_every=3, curvature_share=0.15),
+    "past-update-auto": _cell("past-update", step_size="auto", probe_every=4),
+    "extrap-auto-constant": _cell("extrap", step_size="auto", anneal=False),
+    # The other fields.
+    "extrap-annealed": _cell("extrap", step_size=0.2),
+    "extrap-constant": _cell("extrap", step_size=0.2, anneal=False),
+    "extrap-independent": _cell("extrap", step_ratio=0.5, batch="independent"),
+    "extragradient-independent": _cell("extragradient", batch="independent"),
+    "extrap-capped": _cell("extrap", step_ratio=2.0, max_displacement=0.3),
+    "optimistic-capped": _cell("optimistic", max_displacement=0.2),
+    "extrap-past-window": _cell("extrap-past", step_ratio=0.5, start_step=2, end_step=6),
+    "extrap-window-capped": _cell("extrap", step_ratio=2.0, start_step=2, end_step=6, max_displacement=0.3),
+    "past-update-window": _cell("past-update", start_step=3, end_step=7),
+    "extrap-past-layer": _cell("extrap-past", step_size=0.05, scaling="layer"),
+    "extrap-filter": _cell("extrap", step_size=0.05, scaling="filter"),
+    "optimistic-adaptive": _cell("optimistic", step_size=0.2, scaling="adaptive"),
+    "sam-global": _cell("sam", scope="global"),
+    "extrap-past-ascent": _cell("extrap-past", step_ratio=0.5, ascent=True),
+    # Local past gradients are the workers' own, global ones those that the base consumed.
+    "extrap-past-clipped": _cell("extrap-past", 0.05, step_ratio=0.5),
+    "optimistic-clipped": _cell("optimistic", 0.05),
+}
+
+
+@dataclass
+class Run:
+    """The iterates x_0 … x_T, and the points y by step and worker, each a list of tensors."""
+
+    x: list[list[Tensor]] = field(default_factory=list)
+    y: list[list[list[Tensor]]] = field(default_factory=list)
+
+
+def values(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+def run_plain_loop(
+    model: nn.Module,
+    optimizer: Extrapolated,
+    config: ExtrapConfig,
+    workers: Sequence[int],
+    *,
+    first: int = 0,
+    steps: int = STEPS,
+    scheduler: LRScheduler | None = None,
+    max_grad_norm: float | None = None,
+    batch: Callable[[int, int, bool], tuple[Tensor, Tensor]] | None = None,
+) -> Run:
+    """Train as the documentation tells: the micro-batches of `workers` (numbered over all processes), then a step."""
+    parameters = list(model.parameters())
+    dtype, V = parameters[0].dtype, len(workers)
+    run = Run(x=[values(parameters)])
+
+    def backward(step: int, k: int, probe: bool) -> None:
+        independent = probe and config.batch == "independent"
+        inputs, labels = batch(step, k, independent) if batch else make_batch(step, k, independent, dtype)
+        (nn.functional.cross_entropy(model(inputs), labels) / V).backward()
+
+    for step in range(first, first + steps):
+        if config.scope == "global" and optimizer.wants_probe:
+            with optimizer.probing():
+                for k in workers:
+                    with _synchronizing(model, last=k == workers[-1]):
+                        backward(step, k, probe=True)
+        ys = []
+        for v, k in enumerate(workers):
+            with _synchronizing(model, last=k == workers[-1]):
+                if config.scope == "local" and optimizer.wants_probe:
+                    with optimizer.probing(worker=v):
+                        backward(step, k, probe=True)
+                optimizer.train(worker=v)
+                ys.append(values(parameters))
+                backward(step, k, probe=False)
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        run.x.append(values(parameters))
+        run.y.append(ys)
+    return run
+
+
+def _synchronizing(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def worker_losses(model: nn.Module, config: ExtrapConfig, workers: int) -> list[Loss]:
+    """The same problem as functions of the parameters, for the reference."""
+    names = [name for name, _ in model.named_parameters()]
+    dtype = next(model.parameters()).dtype
+
+    def loss_of(k: int) -> Loss:
+        def loss(point: list[Tensor], step: int, probe: bool) -> Tensor:
+            inputs, labels = make_batch(step, k, probe and config.batch == "independent", dtype)
+            outputs = torch.func.functional_call(model, dict(zip(names, point, strict=True)), (inputs,))
+            return nn.functional.cross_entropy(outputs, labels)
+
+        return loss
+
+    return [loss_of(k) for k in range(workers)]
+
+
+def run_virtual_workers(cell: Cell, base: str, workers: int, dtype: torch.dtype, steps: int = STEPS) -> Run:
+    model = make_model(dtype)
+    optimizer = Extrapolated(BASES[base](list(model.parameters())), cell.config, virtual_workers=workers)
+    return run_plain_loop(
+        model,
+        optimizer,
+        cell.config,
+        range(workers),
+        steps=steps,
+        scheduler=warm_up_and_decay(optimizer),
+        max_grad_norm=cell.max_grad_norm,
+    )
+
+
+def run_reference(cell: Cell, base: str, workers: int, dtype: torch.dtype, steps: int = STEPS) -> Trajectory:
+    model = make_model(dtype)
+    return extrapolate(
+        list(model.parameters()),
+        worker_losses(model, cell.config, workers),
+        BASES[base],
+        cell.config,
+        steps,
+        schedule=warm_up_and_decay,
+        max_grad_norm=cell.max_grad_norm,
+    )
+
+
+def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest difference of any two entries."""
+    return max(float((p.detach().double() - q.detach().double()).abs().max()) for p, q in zip(a, b, strict=True))
+
+
+def assert_same_run(actual: Run | Trajectory, expected: Run | Trajectory, tolerance: float) -> None:
+    """Every x and every y agrees to `tolerance`; the message names the first step that does not."""
+    for t, (ys, expected_ys) in enumerate(zip(actual.y, expected.y, strict=True)):
+        for k, (y, expected_y) in enumerate(zip(ys, expected_ys, strict=True)):
+            assert distance(y, expected_y) <= tolerance, (
+                f"y of worker {k} at step {t} is off by {distance(y, expected_y)}"
+            )
+        off = distance(actual.x[t + 1], expected.x[t + 1])
+        assert off <= tolerance, f"x after step {t} is off by {off}"
+
+
+def identical(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
