@@ -1,0 +1,80 @@
+"""Extrapolation in a plain Accelerate loop: the only new lines are those with `optimizer.` before the forward pass.
+
+python examples/plain_loop.py
+torchrun --nproc_per_node 2 examples/plain_loop.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pydoc_data.topics import topics
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_extrap import ExtrapConfig, Extrapolated
+
+CONTEXT = 16
+
+
+def make_data() -> tuple[TensorDataset, int]:
+    """Sixteen bytes of Python's own documentation, and the byte that follows."""
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()[:200_000]
+    values = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    windows = values.unfold(0, CONTEXT + 1, 3)
+    return TensorDataset(windows[:, :-1].contiguous(), windows[:, -1].contiguous()), 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="extrap")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=512, help="of one process")
+    arguments = parser.parse_args()
+
+    # Without an accelerator, two processes would otherwise train two models that know nothing of each other.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    set_seed(0)
+    dataset, vocabulary = make_data()
+    model = nn.Sequential(
+        nn.Embedding(vocabulary, 32), nn.Flatten(), nn.Linear(32 * CONTEXT, 256), nn.ReLU(), nn.Linear(256, vocabulary)
+    )
+    base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, nesterov=True)
+    loader = DataLoader(dataset, batch_size=arguments.batch_size, shuffle=True, drop_last=True)
+    model, optimizer, loader = accelerator.prepare(
+        model, Extrapolated(base, ExtrapConfig.preset(arguments.preset)), loader
+    )
+    extrapolated = optimizer.optimizer  # beneath Accelerate's own wrapper
+
+    first = last = float("nan")
+    for step, (inputs, targets) in enumerate(repeat(loader, arguments.steps)):
+        if extrapolated.wants_probe:
+            with extrapolated.probing():
+                accelerator.backward(nn.functional.cross_entropy(model(inputs), targets))
+        extrapolated.train()  # x -> y
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        accelerator.backward(loss)
+        optimizer.step()  # y -> x, then the base optimizer's step
+        optimizer.zero_grad()
+        last = accelerator.reduce(loss.detach(), "mean").item()
+        first = last if step == 0 else first
+    accelerator.print(f"loss at y, step 1: {first:.3f}, step {arguments.steps}: {last:.3f}")
+    accelerator.end_training()
+
+
+def repeat(loader: DataLoader, steps: int):
+    """Batches for so many steps, epoch after epoch."""
+    done = 0
+    while done < steps:
+        for batch in loader:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+if __name__ == "__main__":
+    main()

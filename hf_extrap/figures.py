@@ -1,0 +1,151 @@
+"""Figures of one run and of a comparison, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+# History key, title, whether the axis is logarithmic.
+PANELS: tuple[tuple[str, str, bool], ...] = (
+    ("learning_rate", "Learning rate", False),
+    ("extrap/step_size", "Extrapolation step size", False),
+    ("extrap/displacement_norm", "Displacement ‖x − y‖", False),
+    ("extrap/direction_cosine", "Cosine of local and mean gradient", False),
+    ("extrap/gradient_noise_scale", "Gradient noise scale", True),
+)
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one key of a run's history, where it has a number."""
+    found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float) and "step" in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str = "") -> list[str]:
+    """Draw a run's history, one panel for each quantity that has data.
+
+    Args:
+        rows: the history: training rows with `loss`, evaluation rows with `eval_<metric>`.
+        metric: key of the leading metric, without `eval_`.
+        path: PNG file to write.
+        title: heading of the figure.
+
+    Returns:
+        Titles of the panels drawn.
+    """
+    panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
+    losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
+    panels.append(("Loss", losses, False))
+    panels.append((f"Validation {metric}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
+    panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
+    panels = [(name, lines, log) for name, lines, log in panels if any(steps for steps, _ in lines.values())]
+    columns = min(2, max(1, len(panels)))
+    count = -(-len(panels) // columns) if panels else 1
+    figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
+    grid = figure.subplots(count, columns, squeeze=False)
+    for axes, (name, lines, logarithmic) in zip(grid.flat, panels, strict=False):
+        _draw_lines(axes, {label: line for label, line in lines.items() if line[0]}, logarithmic)
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return [name for name, _, _ in panels]
+
+
+def draw_comparison(
+    lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    metric: str,
+    path: Path,
+    points: Mapping[str, Sequence[tuple[float, float, float]]],
+    target: float | None = None,
+) -> None:
+    """Draw presets against each other: the metric over the steps, and over the learning rate.
+
+    Args:
+        lines: for each preset, the histories of its seeds at its best learning rate; the mean is drawn, with the range
+            of the seeds behind it.
+        metric: key of the leading metric, without `eval_`.
+        path: PNG file to write.
+        points: for each preset, (learning rate, mean, standard deviation) of the final metric, finite values only.
+        target: value of the metric to mark.
+    """
+    several_rates = any(len(values) > 1 for values in points.values())
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    grid = figure.subplots(1, 2 if several_rates else 1, squeeze=False)[0]
+    for index, (preset, histories) in enumerate(lines.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        steps, low, mean, high = _across_seeds([series(rows, f"eval_{metric}") for rows in histories])
+        if steps:
+            grid[0].plot(steps, mean, label=preset, markersize=4, linewidth=1.5, **style)
+            grid[0].fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        if several_rates and points.get(preset):
+            rates, means, deviations = zip(*sorted(points[preset]), strict=True)
+            grid[1].errorbar(rates, means, deviations, label=preset, capsize=3, markersize=5, linewidth=1.2, **style)
+    if target is not None:
+        grid[0].axhline(target, color="0.5", linestyle=":", linewidth=1)
+    for axes, label in zip(grid, ("step", "learning rate"), strict=False):
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"validation {metric}")
+        _finish(axes, logarithmic=metric == "perplexity")
+    if several_rates:
+        grid[1].set_xscale("log")
+    # Above the panels, where it can cover no curve.
+    handles, labels = grid[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _across_seeds(
+    lines: Sequence[tuple[list[float], list[float]]],
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    by_step: dict[float, list[float]] = {}
+    for steps, values in lines:
+        for step, value in zip(steps, values, strict=True):
+            by_step.setdefault(step, []).append(value)
+    # Where a seed is missing, the mean would jump.
+    steps = sorted(step for step, values in by_step.items() if len(values) == len(lines))
+    values = [by_step[step] for step in steps]
+    return steps, [min(v) for v in values], [sum(v) / len(v) for v in values], [max(v) for v in values]
+
+
+def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]], logarithmic: bool) -> None:
+    for index, (label, (steps, values)) in enumerate(lines.items()):
+        marker = MARKERS[index] if len(steps) <= 25 else None
+        axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
+    positive = all(value > 0 for _, values in lines.values() for value in values)
+    _finish(axes, logarithmic and positive)
+    if len(lines) > 1:
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.1)
+
+
+def _finish(axes: Axes, logarithmic: bool) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if logarithmic:
+        axes.set_yscale("log")
+        plain = EngFormatter(places=None)
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(lambda value, _: plain(value) if _few_decades(axes) else "")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+
+
+def _few_decades(axes: Axes) -> bool:
+    low, high = axes.get_ylim()
+    return low > 0 and high / low < 20

@@ -1,0 +1,66 @@
+"""The tables that the program prints, for readers who have never seen it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hf_extrap.results import CARD_FILE, CURVES_FILE, METRICS_FILE
+from hf_extrap.training.model_card import result_rows
+
+
+def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Console | None = None) -> None:
+    """Print what one run trained, what came out, and where it lies."""
+    console = console or Console()
+    better = "higher is better" if metrics["greater_is_better"] else "lower is better"
+    direction = metrics["extrap"]["direction"]
+    what = "no extrapolation" if direction == "none" else f"{metrics['extrap']['scope']} {direction} extrapolation"
+    console.print()
+    console.print(
+        make_table(
+            f"{metrics['task'].replace('_', ' ').capitalize()}, preset {metrics['preset']} ({what})",
+            [f"measured ({metrics['metric']}: {better})", "before training", "after training"],
+            result_rows(metrics),
+        )
+    )
+    workers = metrics["world_size"] * metrics["virtual_workers"]
+    rows = [
+        ["steps", f"{metrics['steps']:,}"],
+        ["workers", f"{workers} ({metrics['world_size']} processes × {metrics['virtual_workers']} virtual)"],
+        ["training time", _seconds(metrics["train_seconds"])],
+        ["seconds a step", _optional(metrics["seconds_per_step"], ".3f")],
+        ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")],
+    ]
+    if metrics["world_size"] > 1:
+        rows.append(["processes ended with the same weights", "yes" if metrics["ranks_identical"] else "NO"])
+    folder = Path(output_dir)
+    rows += [["model card", str(folder / CARD_FILE)], ["figure", str(folder / CURVES_FILE)]]
+    rows.append(["all numbers", str(folder / METRICS_FILE)])
+    console.print(make_table(None, ["", ""], rows, header=False))
+    if metrics["status"] == "diverged":
+        console.print("The run diverged: its metric is not a finite number. Lower --learning_rate or the step size.")
+
+
+def make_table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], header: bool = True, numbers: bool = True
+) -> Table:
+    """A table whose first column is text; with `numbers`, the other columns are aligned to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=header)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index > 0 and header and numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

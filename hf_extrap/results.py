@@ -1,0 +1,187 @@
+"""What a run leaves in its folder, written and read in one place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CONFIGURATION_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+HISTORY_FILE = "history.jsonl"
+CURVES_FILE = "curves.png"
+CARD_FILE = "README.md"
+
+# Fields that name a place or a way of watching: two runs that differ in them alone are one run.
+UNCOMPARED = frozenset(
+    {
+        "output_dir",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "use_cpu",
+        "data_cache_dir",
+        "dataloader_num_workers",
+        "save_total_limit",
+    }
+)
+
+
+def versions() -> dict[str, str]:
+    """The release of Python and of each library that decides a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_extrap"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run: its configuration, history, metrics, and the checkpoints beside them."""
+
+    path: Path
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: metrics.json is the last file that a run writes."""
+        return (self.path / METRICS_FILE).is_file()
+
+    def last_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the highest step, or None."""
+        # The Trainer writes the state last: a folder without it was cut off in the middle.
+        complete = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+        numbered = [p for p in complete if p.name.removeprefix("checkpoint-").isdigit()]
+        return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+
+    def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
+        """Refuse a folder in which this run must not write.
+
+        Args:
+            arguments: the resolved fields of the run, JSON values.
+            resume: whether the run goes on from a checkpoint.
+
+        Raises:
+            ValueError: the folder holds something else, another run, a finished run, or checkpoints of this run that
+                would be overwritten.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"output_dir {self.path} is a file; give a folder.")
+        if not any(self.path.iterdir()):
+            return
+        if not (self.path / CONFIGURATION_FILE).is_file():
+            raise ValueError(
+                f"output_dir {self.path} holds files and no {CONFIGURATION_FILE}: it is not the folder of a run; "
+                "give another --output_dir."
+            )
+        recorded = self.read_configuration()["arguments"]
+        if differing := different_fields(recorded, arguments):
+            name = differing[0]
+            raise ValueError(
+                f"output_dir {self.path} holds another run: its {name} is {recorded.get(name)!r}, not "
+                f"{_plain(arguments.get(name))!r}; give another --output_dir, or delete the folder."
+            )
+        if self.is_finished:
+            raise ValueError(
+                f"output_dir {self.path} holds this run, finished; give another --output_dir, or delete the folder."
+            )
+        if not resume and (checkpoint := self.last_checkpoint()):
+            raise ValueError(
+                f"output_dir {self.path} holds this run up to {checkpoint.name}; go on with "
+                "--resume_from_checkpoint true, give another --output_dir, or delete the folder."
+            )
+
+    def write_configuration(self, configuration: Mapping[str, Any]) -> None:
+        """Write run.json: `arguments` (the resolved fields), and what else was known when the run began."""
+        write_json(self.path / CONFIGURATION_FILE, configuration)
+
+    def read_configuration(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return read_json(self.path / CONFIGURATION_FILE)
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json; numbers that are not finite become null."""
+        write_json(self.path / METRICS_FILE, metrics)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return read_json(self.path / METRICS_FILE)
+
+    def write_history(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write history.jsonl: one logged row a line, each with its step and epoch."""
+        _write(self.path / HISTORY_FILE, "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The rows of history.jsonl; empty if the run has logged nothing yet."""
+        path = self.path / HISTORY_FILE
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def different_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that make two runs different runs, sorted."""
+    names = (set(one) | set(other)) - UNCOMPARED
+    return sorted(name for name in names if _plain(one.get(name)) != _plain(other.get(name)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object.")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object in one move: a reader sees the old file or the new one, never half of it."""
+    _write(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; what is not finite becomes None, what JSON does not know becomes a string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return _plain(value.item())
+    # str() of an Enum that is also a str would give its name, not its value.
+    return str(getattr(value, "value", value))

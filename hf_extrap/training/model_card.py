@@ -1,0 +1,152 @@
+"""The model card of a run: what was trained, how, on what, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+# Task of this package -> the Hub's pipeline tag and its spoken name.
+_HUB_TASKS = {
+    "language_modeling": ("text-generation", "Text Generation"),
+    "translation": ("translation", "Translation"),
+}
+_METRIC_NAMES = {"bleu": "BLEU", "perplexity": "Perplexity", "loss": "Loss"}
+_SPLITS = {"eval": "validation", "test": "test"}
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Class name of the base optimizer, found beneath the wrappers of Accelerate and of this package."""
+    while True:
+        inner = next((getattr(optimizer, name) for name in ("optimizer", "base") if hasattr(optimizer, name)), None)
+        if inner is None:
+            return type(optimizer).__name__
+        optimizer = inner
+
+
+def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | None) -> ModelCard:
+    """The card of a finished run.
+
+    Args:
+        metrics: the content of metrics.json.
+        model: the trained model, for its class and configuration.
+        figure: name of the figure beside the card, or None.
+    """
+    facts, task, metric = metrics["facts"], metrics["task"], metrics["metric"]
+    pipeline, task_name = _HUB_TASKS.get(task, (task.replace("_", "-"), task.replace("_", " ").capitalize()))
+    dataset = _dataset_name(facts)
+    languages = [facts[key] for key in ("language", "source_lang", "target_lang") if facts.get(key)]
+    title = f"{type(model).__name__} trained on {dataset}"
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        language=languages or None,
+        tags=["hf_extrap", "large-batch-training", "extragradient", f"extrap:{metrics['preset']}", "arxiv:2006.05720"],
+        metrics=[metric],
+        model_name=title,
+        eval_results=_eval_results(metrics, task_name, pipeline, dataset, metric) or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=title,
+        preset=metrics["preset"],
+        result_columns=["before training", "after training"],
+        result_rows=result_rows(metrics),
+        diverged=metrics["status"] == "diverged",
+        figure=figure,
+        training_rows=_training_rows(metrics),
+        extrap_fields=yaml.safe_dump(metrics["extrap"], sort_keys=False).strip(),
+        command=metrics["command"],
+        versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
+        data_rows=[(_spoken(name), _number(value)) for name, value in {**facts, "dataset": dataset}.items()],
+        loading=_loading(model),
+    )
+
+
+def result_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows (name, before, after) of the leading metric and the loss on validation and test."""
+    rows = []
+    for prefix, split in _SPLITS.items():
+        for key in dict.fromkeys((metrics["metric"], "loss")):
+            after = metrics[prefix].get(f"{prefix}_{key}") if metrics.get(prefix) else None
+            before = (metrics.get("untrained") or {}).get(f"untrained_{key}") if prefix == "eval" else None
+            if after is not None or before is not None:
+                name = f"{split} {_METRIC_NAMES.get(key, key) if key == 'bleu' else key}"
+                rows.append([name, _number(before), _number(after)])
+    return rows
+
+
+def _eval_results(
+    metrics: Mapping[str, Any], task_name: str, pipeline: str, dataset: str, metric: str
+) -> list[EvalResult]:
+    found = []
+    for prefix, split in _SPLITS.items():
+        value = (metrics.get(prefix) or {}).get(f"{prefix}_{metric}")
+        if value is not None:
+            found.append(
+                EvalResult(
+                    task_type=pipeline,
+                    task_name=task_name,
+                    dataset_type=dataset,
+                    dataset_name=dataset,
+                    dataset_split=split,
+                    metric_type=metric,
+                    metric_name=f"{_METRIC_NAMES.get(metric, metric)} ({split})",
+                    metric_value=round(float(value), 4),
+                )
+            )
+    return found
+
+
+def _training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    workers = metrics["world_size"] * metrics["virtual_workers"]
+    rows = {
+        "base optimizer": metrics["optimizer"],
+        "peak learning rate": metrics["peak_learning_rate"],
+        "steps": metrics["steps"],
+        "epochs": metrics["epochs"],
+        "workers": f"{workers} ({metrics['world_size']} processes × {metrics['virtual_workers']} virtual workers)",
+        "global batch": metrics["global_batch"],
+        "seconds a step": metrics["seconds_per_step"],
+        "tokens a second": metrics["tokens_per_second"],
+        "seconds of training": metrics["train_seconds"],
+        "seed": metrics["seed"],
+    }
+    return [(name, _number(value)) for name, value in rows.items() if value is not None]
+
+
+def _dataset_name(facts: Mapping[str, Any]) -> str:
+    dataset = str(facts.get("dataset") or "unnamed data")
+    if dataset == "builtin":
+        return "built-in text"
+    # A local folder's name is of use to a reader, its path is not.
+    return Path(dataset).name if Path(dataset).is_dir() else dataset
+
+
+def _loading(model: PreTrainedModel) -> str:
+    auto = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if type(model).__module__.startswith("hf_extrap."):
+        lines.insert(0, "import hf_extrap.models  # registers the architecture")
+    lines += [f'model = {auto}.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")']
+    return "\n".join(lines)
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

@@ -1,0 +1,77 @@
+"""What is written down while a run goes on: history, time of each step, and whether the replicas agree."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_extrap.results import RunFolder
+
+
+def parameter_checksum(model: nn.Module) -> str:
+    """SHA-256 of the bytes of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def replicas_agree(model: nn.Module) -> bool:
+    """Whether all processes hold bit-identical parameters; a collective call."""
+    return len(set(gather_object([parameter_checksum(model)]))) == 1
+
+
+class RunRecorder(TrainerCallback):
+    """Keeps history.jsonl up to date, times the steps, and compares the replicas after every epoch.
+
+    Attributes:
+        replicas_identical: whether the replicas were bit-identical at the end of every epoch so far.
+        intervals: seconds from the beginning of one step to that of the next, where no evaluation or save lies between.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.replicas_identical = True
+        self.intervals: list[float] = []
+        self._began: float | None = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean seconds a step, data loading included; None before the second step."""
+        # The first step allocates and warms up.
+        steady = self.intervals[1:] if len(self.intervals) > 2 else self.intervals
+        return sum(steady) / len(steady) if steady else None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = time.perf_counter()
+        if self._began is not None:
+            self.intervals.append(now - self._began)
+        self._began = now
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._began is not None and (control.should_training_stop or state.global_step >= state.max_steps):
+            self.intervals.append(time.perf_counter() - self._began)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.write_history(state.log_history)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.replicas_identical &= replicas_agree(kwargs["model"])
