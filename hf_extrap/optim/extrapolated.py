@@ -234,15 +234,23 @@ class Extrapolated(Optimizer):
             )
         self._move(key)
 
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Put x back; `train` then finds the same y again. After the last backward pass of a step, before clipping, it
-        also lets the statistics see the averaged gradient as it is."""
+    def rest(self) -> None:
+        """Put x back; within the step, `train` finds the same y again."""
         self._to_rest()
-        if self._capture.seen:
-            self._observe(1 / self._grad_scale())
+
+    def eval(self) -> None:
+        """Put x back, and put a base optimizer that has modes into its evaluation mode."""
+        self._to_rest()
         if hasattr(self.base, "eval"):
             self.base.eval()
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Look at the averaged gradient after a step's last backward pass and before it is clipped.
+
+        Statistics and the curvature of global scope want it whole; without this call `step` takes it as it finds it.
+        """
+        self._observe(1 / self._grad_scale())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -264,6 +272,8 @@ class Extrapolated(Optimizer):
                 return loss
             self._observe(1.0)
         self._keep_x_for_length()
+        if hasattr(self.base, "train"):
+            self.base.train()
         self.base.step()
         self._look_back()
         self.step_count += 1

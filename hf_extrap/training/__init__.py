@@ -1,0 +1,1 @@
+"""Extrapolation inside the Trainer of transformers."""

@@ -1,0 +1,141 @@
+"""Training arguments with an extrapolation scheme: the same names in Python, in YAML and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_extrap.optim.config import Batch, Direction, DirectionDtype, ExtrapConfig, Scaling, Scope
+
+
+def _override(help_text: str) -> Any:
+    return field(default=None, metadata={"help": f"{help_text} Overrides the preset."})
+
+
+@dataclass
+class ExtrapArguments:
+    """Fields that a `TrainingArguments` gains: put this class before it among the bases of a new one.
+
+    Parameters that control the extrapolation:
+        extrap: the preset, see `hf_extrap.PRESETS`.
+        extrap_<field>: replaces one field of the preset, see `hf_extrap.ExtrapConfig`.
+        extrap_virtual_workers: how many workers each process plays, one accumulation micro-batch each; it sets
+            gradient_accumulation_steps, which must otherwise agree.
+
+    Parameters that control the learning rate:
+        lr_scaling, base_batch_size: learning_rate was tuned at base_batch_size (in the units of the task: samples, or
+            tokens for translation) and is scaled to the batch of all workers.
+        warmup_epochs: warm-up in epochs, instead of warmup_steps.
+        lr_milestones, lr_milestone_factor: step decay at shares of the training, instead of lr_scheduler_type.
+        sgd_momentum, sgd_nesterov: of `optim: sgd`.
+
+    Parameters that control recurrent models:
+        carry_state: truncated backpropagation through time, each worker's recurrent state goes on in its next batch.
+    """
+
+    extrap: str = field(default="none", metadata={"help": "Preset of the extrapolation; 'none' is the stock Trainer."})
+    extrap_direction: Direction | None = _override("The direction d.")
+    extrap_scope: Scope | None = _override("Whether each worker has a direction of its own.")
+    extrap_scaling: Scaling | None = _override("How the direction is scaled.")
+    extrap_step_size: str | None = _override("The step size: a number, or 'auto' to follow the measured curvature.")
+    extrap_step_ratio: float | None = _override("The step size as a share of the learning rate.")
+    extrap_curvature_share: float | None = _override("c of the step size c / curvature, for 'auto'.")
+    extrap_ascent: bool | None = _override("Go up instead of down.")
+    extrap_batch: Batch | None = _override("Samples of a fresh direction.")
+    extrap_batch_fraction: float | None = _override("Share of the local batch that a fresh direction uses.")
+    extrap_anneal: bool | None = _override("Let the step size follow the learning-rate schedule.")
+    extrap_probe_every: int | None = _override("Steps from one measurement of the curvature to the next.")
+    extrap_max_displacement: float | None = _override("Cap of the move as a share of the last step's length.")
+    extrap_start_step: int | None = _override("First step that extrapolates.")
+    extrap_end_step: int | None = _override("First step that no longer does.")
+    extrap_direction_dtype: DirectionDtype | None = _override("Type in which directions are stored.")
+    extrap_seed: int | None = _override("Seed of noise and rounding; the training's seed unless given.")
+    extrap_virtual_workers: int = field(
+        default=1, metadata={"help": "Workers that each process plays, one accumulation micro-batch each."}
+    )
+    lr_scaling: Literal["none", "linear", "sqrt"] = field(
+        default="none", metadata={"help": "How the learning rate grows with the batch."}
+    )
+    base_batch_size: float | None = field(
+        default=None, metadata={"help": "Batch size that learning_rate was tuned at, for lr_scaling."}
+    )
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Warm-up in epochs, instead of warmup_steps."})
+    lr_milestones: list[float] = field(
+        default_factory=list, metadata={"help": "Shares of the training at which the learning rate is cut."}
+    )
+    lr_milestone_factor: float = field(default=0.1, metadata={"help": "What each milestone multiplies the rate by."})
+    sgd_momentum: float = field(default=0.0, metadata={"help": "Momentum of optim 'sgd'."})
+    sgd_nesterov: bool = field(default=False, metadata={"help": "Nesterov's momentum for optim 'sgd'."})
+    carry_state: bool = field(
+        default=False, metadata={"help": "Hand the recurrent state of a batch on to the worker's next batch."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.extrap_virtual_workers < 1:
+            raise ValueError(f"extrap_virtual_workers is {self.extrap_virtual_workers}; allowed: a whole number >= 1.")
+        if self.extrap_virtual_workers > 1:
+            if self.gradient_accumulation_steps not in (1, self.extrap_virtual_workers):  # type: ignore[has-type]
+                raise ValueError(
+                    f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and extrap_virtual_workers is "  # type: ignore[has-type]
+                    f"{self.extrap_virtual_workers}; allowed: the same number, or 1, since each micro-batch is a worker."
+                )
+            self.gradient_accumulation_steps = self.extrap_virtual_workers
+        super().__post_init__()  # type: ignore[misc]
+        self.extrap_config()
+        self._check_learning_rate()
+
+    def _check_learning_rate(self) -> None:
+        if self.lr_scaling not in ("none", "linear", "sqrt"):
+            raise ValueError(f"lr_scaling is {self.lr_scaling!r}; allowed: none, linear, sqrt.")
+        if self.base_batch_size is not None and self.base_batch_size <= 0:
+            raise ValueError(f"base_batch_size is {self.base_batch_size}; allowed: a number > 0.")
+        if self.lr_scaling != "none" and self.base_batch_size is None:
+            raise ValueError(
+                f"lr_scaling is {self.lr_scaling!r} without base_batch_size, the batch size that learning_rate was tuned at."
+            )
+        if self.warmup_epochs < 0 or (self.warmup_epochs and self.warmup_steps):  # type: ignore[attr-defined]
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; allowed: a number >= 0, and 0 beside warmup_steps.")
+        inside = all(0 < share < 1 for share in self.lr_milestones)
+        if not inside or sorted(self.lr_milestones) != self.lr_milestones:
+            raise ValueError(f"lr_milestones is {self.lr_milestones}; allowed: increasing shares in (0, 1).")
+        if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":  # type: ignore[attr-defined]
+            raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")  # type: ignore[attr-defined]
+
+    def extrap_config(self) -> ExtrapConfig:
+        """The scheme that `extrap` and the `extrap_*` fields name.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        given = {
+            config_field.name: getattr(self, f"extrap_{config_field.name}")
+            for config_field in dataclasses.fields(ExtrapConfig)
+            if getattr(self, f"extrap_{config_field.name}") is not None
+        }
+        if "step_size" in given and given["step_size"] != "auto":
+            try:
+                given["step_size"] = float(given["step_size"])
+            except ValueError:
+                raise ValueError(f"extrap_step_size is {given['step_size']!r}; allowed: a number, or 'auto'.") from None
+        given.setdefault("seed", self.seed)  # type: ignore[attr-defined]
+        return ExtrapConfig.preset(self.extrap, **given)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of the warm-up; `warmup_epochs` is its share of all epochs."""
+        if self.warmup_epochs:
+            return math.ceil(num_training_steps * min(1.0, self.warmup_epochs / self.num_train_epochs))  # type: ignore[attr-defined]
+        return super().get_warmup_steps(num_training_steps)  # type: ignore[misc]
+
+
+@dataclass
+class ExtrapTrainingArguments(ExtrapArguments, TrainingArguments):
+    """`TrainingArguments` and the fields of `ExtrapArguments`."""
+
+
+@dataclass
+class ExtrapSeq2SeqTrainingArguments(ExtrapArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and the fields of `ExtrapArguments`."""

@@ -1,0 +1,397 @@
+"""The Trainer with extrapolation: wiring of Extrapolated into transformers' loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+
+from hf_extrap.optim.extrapolated import Extrapolated
+
+from .arguments import ExtrapArguments
+from .carried_state import CarriedState
+from .checkpoints import check_checkpoint_matches
+from .diagnostics import GradientNoiseScale
+from .rank_state import load_rank_state, rank_file, save_rank_state
+from .scaling import scaled_learning_rate_factor, step_decay
+
+logger = logging.getLogger(__name__)
+
+Inputs = dict[str, Any]
+EVALUATION = "evaluation"
+
+
+class ExtrapTrainerMixin:
+    """Extrapolation for any Trainer: `class MyTrainer(ExtrapTrainerMixin, SomeTrainer)`.
+
+    Its arguments need the fields of `ExtrapArguments`. Gradients are taken at y; whatever the loop does between its
+    forward and backward passes (clipping, evaluation, saving, uploading, callbacks) sees the parameters x.
+
+    Attributes:
+        batch_size_unit: how many units, such as tokens, one item of the dataset counts for `lr_scaling` and the
+            gradient noise scale.
+    """
+
+    _tag_names = ["hf_extrap"]
+    _paper = "arxiv:2006.05720"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, ExtrapArguments):
+            raise TypeError(
+                f"args is a {type(self.args).__name__}, which lacks the extrap fields; allowed: ExtrapTrainingArguments, "
+                "or a class that has ExtrapArguments before its own TrainingArguments among its bases."
+            )
+        self.batch_size_unit = 1.0
+        self._extrap_config = self.args.extrap_config()
+        self._extrapolates = self._extrap_config.direction != "none"
+        self._refuse_unsupported_engines()
+        if self._extrapolates:
+            # A worker's gradient is that of its own mean loss, so its units are known.
+            self.model_accepts_loss_kwargs = False
+        self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
+        self._noise_scale = GradientNoiseScale()
+        self._carried = CarriedState()
+        self._micro_batch = 0
+        self._step_batches: list[Inputs] = []
+        self._earlier_batches: list[Inputs] = []
+        self._last_pass: tuple[Inputs, Any] | None = None
+        self._is_probing = False
+        self._losses_side_by_side: dict[str, float] = {}
+
+    def _refuse_unsupported_engines(self) -> None:
+        if not self._extrapolates:
+            return
+        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+        if engine is not None:
+            raise ValueError(
+                f"extrap is {self.args.extrap!r} and the engine is {engine}, where the Trainer does not extrapolate yet; "
+                "allowed: one process or DDP (torchrun, accelerate launch), or extrap 'none'."
+            )
+
+    # Optimizer and schedule
+
+    @property
+    def extrapolated(self) -> Extrapolated | None:
+        """The wrapper, wherever accelerate has put it; None before `create_optimizer`, and under DeepSpeed and FSDP."""
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        return optimizer if isinstance(optimizer, Extrapolated) else None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The base optimizer, its learning rate scaled to the batch, inside `Extrapolated`."""
+        ours = self.optimizer is None
+        super().create_optimizer(model)
+        if ours:
+            factor = self._learning_rate_factor()
+            for group in self.optimizer.param_groups:
+                if group.get("lr") is not None:
+                    group["lr"] *= factor
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.extrapolated is not None:
+            return self.optimizer
+        if not isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer = Extrapolated(
+                self.optimizer,
+                self._extrap_config,
+                virtual_workers=self.args.extrap_virtual_workers,
+                grad_scaler=self.accelerator.scaler,
+            )
+        return self.optimizer
+
+    def _learning_rate_factor(self) -> float:
+        if self.args.lr_scaling == "none":
+            return 1.0
+        batch_size = self.get_total_train_batch_size(self.args) * self.batch_size_unit
+        factor = scaled_learning_rate_factor(self.args.lr_scaling, batch_size, self.args.base_batch_size)
+        logger.info("learning rate times %.4g: %s scaling to a batch of %.6g", factor, self.args.lr_scaling, batch_size)
+        return factor
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """The stock choice, with momentum for `optim: sgd`."""
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if getattr(args, "sgd_momentum", 0.0):
+            kwargs |= {"momentum": args.sgd_momentum, "nesterov": args.sgd_nesterov}
+        return optimizer_class, kwargs
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The stock scheduler, or step decay where `lr_milestones` are given."""
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            rate = step_decay(num_training_steps, warmup, self.args.lr_milestones, self.args.lr_milestone_factor)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # One step
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device) -> Any:
+        """The step's micro-batches; what a step must know before its first pass is set here."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and not self._loss_kwargs_checked and num_items is not None:
+            self._check_loss_kwargs(batches[0])
+            num_items = num_items if self.model_accepts_loss_kwargs else None
+        self._earlier_batches = self._step_batches
+        self._step_batches = batches
+        self._micro_batch = 0
+        if self.state.epoch is None or float(self.state.epoch).is_integer():
+            # The streams of a new epoch begin at their beginning.
+            self._carried.reset()
+        if (optimizer := self.extrapolated) is not None:
+            if optimizer.virtual_workers > 1 and batches:
+                optimizer.loss_scale = 1 / len(batches)
+            optimizer.collect_statistics = self._logs_after_this_step()
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
+        """One worker's pass: a fresh direction where the scheme has one, x → y, forward and backward at y, y → x."""
+        optimizer = self.extrapolated
+        if optimizer is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        worker = self._micro_batch if optimizer.virtual_workers > 1 else 0
+        if optimizer.wants_probe:
+            self._probe(model, optimizer, worker)
+        optimizer.train(worker=worker)
+        self._last_pass = (inputs, self._carried.of(self._slot))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        optimizer.rest()
+        self._micro_batch += 1
+        if optimizer.collect_statistics and self._micro_batch == len(self._step_batches):
+            optimizer.observe()
+        return loss
+
+    def _probe(self, model: nn.Module, optimizer: Extrapolated, worker: int) -> None:
+        """Take the worker's gradient at x, over what the pass at y will see, or over its fraction or other samples."""
+        micro_batches = range(len(self._step_batches))
+        if optimizer.virtual_workers > 1 and self._extrap_config.scope == "local":
+            micro_batches = range(self._micro_batch, self._micro_batch + 1)
+        batches = self._step_batches
+        if self._extrap_config.batch == "independent" and len(self._earlier_batches) >= len(batches):
+            batches = self._earlier_batches
+        model.train()
+        states = self._carried.tensors()
+        first = self._micro_batch
+        with optimizer.probing(worker=worker, model=model), self._probing():
+            for index in micro_batches:
+                self._micro_batch = index
+                with self._averaging(model, last=index == micro_batches[-1]):
+                    self._probe_pass(model, batches[index])
+        self._micro_batch = first
+        assert states.keys() == self._carried.tensors().keys()
+
+    def _probe_pass(self, model: nn.Module, inputs: Inputs) -> None:
+        inputs = self._prepare_inputs(_first_rows(inputs, self._extrap_config.batch_fraction))
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        self._is_probing = True
+        try:
+            yield
+        finally:
+            self._is_probing = False
+
+    @contextmanager
+    def _averaging(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Under DDP, average the gradients of a global direction once, with its last pass."""
+        if self._extrap_config.scope == "local" or not hasattr(model, "require_backward_grad_sync"):
+            yield
+            return
+        before = model.require_backward_grad_sync
+        model.require_backward_grad_sync = last
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync = before
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The stock loss, with the worker's recurrent state where `carry_state` asks for it."""
+        if not self.args.carry_state:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        slot = self._slot if model.training else EVALUATION
+        inputs = self._carried.feed(slot, inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not self._is_probing:
+            self._carried.keep(slot, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _slot(self) -> str:
+        return f"worker {self._micro_batch}"
+
+    def _check_loss_kwargs(self, inputs: Inputs) -> None:
+        """Find out by trying whether the loss heeds `num_items_in_batch`.
+
+        A model that takes `**kwargs` and ignores it gets gradients too large by accumulation steps times processes.
+        """
+        self._loss_kwargs_checked = True
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
+                one, two = (
+                    float(Trainer.compute_loss(self, model, self._prepare_inputs(dict(inputs)), num_items_in_batch=count))
+                    for count in (torch.tensor(1000.0), torch.tensor(2000.0))
+                )
+        finally:
+            model.train(was_training)
+        if one != 0 and math.isclose(one, two, rel_tol=1e-3):
+            logger.warning(
+                "%s takes num_items_in_batch and ignores it: the loss is averaged over micro-batches and processes instead",
+                type(model).__name__,
+            )
+            self.model_accepts_loss_kwargs = False
+
+    # Logs
+
+    def _logs_after_this_step(self) -> bool:
+        strategy = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy))
+        step = self.state.global_step + 1
+        if strategy == "steps":
+            return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
+        return strategy == "epoch"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log, with what the extrapolation did; a collective call while training."""
+        if "loss" in logs and self.extrapolated is not None:
+            logs.update(self._extrapolation_logs(self.extrapolated, logs["loss"]))
+        if self._losses_side_by_side and any(key.endswith("_loss") for key in logs):
+            prefix = next(key for key in logs if key.endswith("_loss")).removesuffix("_loss")
+            logs.update({f"{prefix}_extrap/{name}": value for name, value in self._losses_side_by_side.items()})
+            self._losses_side_by_side = {}
+        super().log(logs, start_time)
+
+    def _extrapolation_logs(self, optimizer: Extrapolated, loss: float) -> dict[str, float]:
+        names = ("displacement_norm", "step_size", "direction_cosine", "gradient_square", "pass_square", "passes")
+        seen = optimizer.statistics
+        local = torch.tensor([seen.get(name, 0.0) for name in names], dtype=torch.float64)
+        means = self.accelerator.reduce(local.to(torch.float32).to(self.args.device), "mean").tolist()
+        mean = dict(zip(names, means, strict=True))
+        logs = {f"extrap/{name}": mean[name] for name in ("displacement_norm", "step_size")}
+        if "direction_cosine" in seen:
+            logs["extrap/direction_cosine"] = mean["direction_cosine"]
+        logs["extrap/loss_at_y"] = loss
+        logs["extrap/skipped_steps"] = optimizer.skipped_steps
+        workers = round(mean["passes"]) * self.accelerator.num_processes
+        if workers >= 2 and math.isfinite(mean["pass_square"]):
+            small = self.args.train_batch_size * self.batch_size_unit
+            self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
+            logs["extrap/gradient_noise_scale"] = self._noise_scale.value
+        return logs
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The stock evaluation, at x; while training, the last batch's loss at x and at y is logged beside it."""
+        self._carried.put(EVALUATION, None)
+        if self.is_in_train and self._last_pass is not None and self.extrapolated is not None:
+            self._losses_side_by_side = self._losses_at_x_and_y(self.extrapolated, *self._last_pass)
+        return super().evaluate(*args, **kwargs)
+
+    def _losses_at_x_and_y(self, optimizer: Extrapolated, inputs: Inputs, state: Any) -> dict[str, float]:
+        """The loss of the last batch, without dropout, at x and at the y that the scheme would look from next."""
+        model, collect = self.model, optimizer.collect_statistics
+        was_training = model.training
+        optimizer.collect_statistics = False
+
+        def loss() -> Tensor:
+            self._carried.put(EVALUATION, state)
+            with self._probing(), self.compute_loss_context_manager():
+                return self.compute_loss(model, self._prepare_inputs(dict(inputs)))
+
+        model.eval()
+        try:
+            with torch.no_grad():
+                at_x = loss()
+            if optimizer.wants_probe:
+                with optimizer.probing(worker=0):
+                    self.accelerator.backward(loss())
+            optimizer.train(worker=0)
+            with torch.no_grad():
+                at_y = loss()
+        finally:
+            optimizer.rest()
+            optimizer.reset_step()
+            optimizer.collect_statistics = collect
+            model.train(was_training)
+            self._carried.put(EVALUATION, None)
+        means = self.accelerator.reduce(torch.stack([at_x.detach().float(), at_y.detach().float()]), "mean").tolist()
+        return {"loss_at_x": means[0], "loss_at_y": means[1]}
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if (optimizer := self.extrapolated) is None:
+            return
+        local = optimizer.local_state_dict()
+        # With one process the directions travel in the optimizer's own file.
+        alone = self.accelerator.num_processes == 1
+        save_rank_state(
+            rank_file(output_dir, self.args.process_index),
+            {
+                "directions": {} if alone else local["directions"],
+                "curvature": {} if alone else local["curvature"],
+                "carried": self._carried.tensors(),
+            },
+            {"owner": local["owner"], "noise_scale": self._noise_scale.state(), "processes": self.accelerator.num_processes},
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or (optimizer := self.extrapolated) is None:
+            return
+        path = rank_file(checkpoint, self.args.process_index)
+        if not path.is_file():
+            logger.warning("%s is missing: directions and recurrent states of this process start cold", path)
+            return
+        groups, facts = load_rank_state(path)
+        self._noise_scale.load_state(facts["noise_scale"])
+        processes = self.accelerator.num_processes
+        if facts["processes"] != processes:
+            logger.warning(
+                "the checkpoint was written by %d processes and this run has %d: directions and recurrent states start cold",
+                facts["processes"],
+                processes,
+            )
+            return
+        self._carried.load(groups.get("carried", {}), self.args.device)
+        if processes > 1:
+            named = {"directions": groups.get("directions", {}), "curvature": groups.get("curvature", {})}
+            optimizer.load_local_state_dict({"owner": facts["owner"], **named})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_checkpoint_matches(resume_from_checkpoint, self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class ExtrapTrainer(ExtrapTrainerMixin, Trainer):
+    """`transformers.Trainer` with extrapolation."""
+
+
+class ExtrapSeq2SeqTrainer(ExtrapTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with extrapolation."""
+
+
+def _first_rows(inputs: Inputs, share: float) -> Inputs:
+    """The first rows of every tensor of a batch, at least one."""
+    if share == 1:
+        return dict(inputs)
+    rows = max(t.shape[0] for t in inputs.values() if isinstance(t, Tensor) and t.dim())
+    kept = max(1, math.ceil(share * rows))
+    return {name: t[:kept] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t for name, t in inputs.items()}
+
+
+__all__ = ["ExtrapSeq2SeqTrainer", "ExtrapTrainer", "ExtrapTrainerMixin"]
