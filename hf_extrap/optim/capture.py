@@ -42,7 +42,9 @@ class GradientCapture:
             if param.requires_grad:
                 self._handles[index] = (weakref.ref(param), param.register_hook(_hook(weakref.ref(self), index)))
 
-    def into(self, buffers: list[Tensor | None] | None, filled: set[int], scale: float, dtype: torch.dtype | None) -> None:
+    def into(
+        self, buffers: list[Tensor | None] | None, filled: set[int], scale: float, dtype: torch.dtype | None
+    ) -> None:
         """Choose where gradients go from now on.
 
         Args:
@@ -70,12 +72,13 @@ class GradientCapture:
         if grad.layout is not torch.strided:
             raise RuntimeError("extrapolation needs dense gradients: build the embedding with sparse=False.")
         if self.pass_squares is not None:
-            square = torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            square = torch.linalg.vector_norm(grad, dtype=wide).square()
             if not self._pass_started:
-                self.pass_squares.append(square.square())
+                self.pass_squares.append(square)
                 self._pass_started = True
             else:
-                self.pass_squares[-1] += square.square().to(self.pass_squares[-1].device)
+                self.pass_squares[-1] += square.to(self.pass_squares[-1].device)
         if self._into is None:
             return
         buffer = self._into[index]

@@ -32,7 +32,7 @@ def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     optimizer.skipped_steps = int(state.get("skipped_steps", 0))
     optimizer._sizes.peak_lr = [float(rate) for rate in state.get("peak_lr", [])]
     optimizer._last_length = state.get("last_length")
-    optimizer._directions = {}
+    optimizer._memory.directions = {}
     optimizer._sizes.curvature = {}
     optimizer._cold_after_load = optimizer.config.is_past
     if state.get("local") is not None:
@@ -44,7 +44,10 @@ def local_state(optimizer: Extrapolated) -> dict[str, Any]:
     return {
         "owner": _owner(optimizer),
         "directions": {
-            f"{key}.{i}": d for key, buffers in optimizer._directions.items() for i, d in enumerate(buffers) if d is not None
+            f"{key}.{i}": d
+            for key, buffers in optimizer._memory.directions.items()
+            for i, d in enumerate(buffers)
+            if d is not None
         },
         "curvature": {str(key): value for key, value in optimizer._sizes.curvature.items()},
     }
@@ -72,9 +75,11 @@ def load_local_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
                 "optimizer has in that place: the checkpoint belongs to another model."
             )
         directions.setdefault(key, [None] * len(params))[index] = saved.detach().to(params[index].device, copy=True)
-    optimizer._directions = directions
+    optimizer._memory.directions = directions
     device = params[0].device
-    optimizer._sizes.curvature = {int(key): torch.as_tensor(v).to(device, copy=True) for key, v in state["curvature"].items()}
+    optimizer._sizes.curvature = {
+        int(key): torch.as_tensor(v).to(device, copy=True) for key, v in state["curvature"].items()
+    }
     optimizer._cold_after_load = False
 
 

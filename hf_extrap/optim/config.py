@@ -93,7 +93,7 @@ class ExtrapConfig:
         if not (_is_number(self.curvature_share) and 0 < self.curvature_share < 1):
             raise ValueError(f"curvature_share is {self.curvature_share!r}; allowed: a number in (0, 1).")
         if self.max_displacement is not None and not (_is_number(self.max_displacement) and self.max_displacement > 0):
-            raise ValueError(f"max_displacement is {self.max_displacement!r}; allowed: a number > 0, or none for no cap.")
+            raise ValueError(f"max_displacement is {self.max_displacement!r}; allowed: a number > 0, or none.")
         for name, least in (("probe_every", 1), ("start_step", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -123,9 +123,11 @@ class ExtrapConfig:
             raise ValueError(f"step_size and step_ratio: {given} given; allowed: exactly one of them.")
         if self.step_size == "auto":
             if self.direction in NOISE_DIRECTIONS:
-                raise ValueError(f"step_size is 'auto', which measures no curvature along {self.direction} noise; give a number.")
+                raise ValueError(
+                    f"step_size is 'auto', which cannot measure along {self.direction} noise; give a number."
+                )
             if self.scaling != "none":
-                raise ValueError(f"step_size is 'auto', which needs scaling 'none', not {self.scaling!r}; give a number.")
+                raise ValueError(f"step_size is 'auto', which needs scaling 'none', not {self.scaling!r}.")
             if self.direction == "gradient" and (self.batch != "same" or self.batch_fraction != 1):
                 raise ValueError(
                     "step_size is 'auto', which compares two gradients of one batch: it needs batch 'same' and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors taken as one vector, as a tensor of no dimension, in at least float32."""
     if not tensors:
         return torch.zeros(())
-    wide = [t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors]
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     norms = torch._foreach_norm(wide)
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     # A sharded tensor's norm is taken over all of its shards.
@@ -38,7 +38,7 @@ def scale_direction(scaling: str, direction: Sequence[Tensor], x: Sequence[Tenso
     """
     if scaling == "none":
         return list(direction)
-    direction = [d.to(p.dtype if p.dtype == torch.float64 else torch.float32) for d, p in zip(direction, x, strict=True)]
+    direction = [d.to(torch.promote_types(p.dtype, torch.float32)) for d, p in zip(direction, x, strict=True)]
     if scaling == "norm":
         norm = total_norm(direction).clamp_min(_TINY)
         return [d / norm for d in direction]
@@ -63,7 +63,7 @@ def _by_filter(direction: Tensor, x: Tensor) -> Tensor:
 
 
 def displace_(
-    params: Sequence[Tensor], direction: Sequence[Tensor], step: float | Tensor, rounding_key: Callable[[int], tuple]
+    params: Sequence[Tensor], direction: Sequence[Tensor], step: float | Tensor, seeds: Sequence[tuple[object, ...]]
 ) -> None:
     """x − step · d in place, in one pass over memory.
 
@@ -74,12 +74,12 @@ def displace_(
         params: x, overwritten by y.
         direction: S(d, x), of the same shapes.
         step: η, a number, or a tensor of no dimension where reading it would make the host wait.
-        rounding_key: the seed of parameter i's rounding.
+        seeds: of the rounding of each parameter.
     """
     coarse = [i for i, p in enumerate(params) if p.dtype == torch.bfloat16]
     for i in coarse:
         wide = params[i].float().sub_(direction[i].float() * step)
-        generator = generator_for(wide.device, *rounding_key(i))
+        generator = generator_for(wide.device, *seeds[i])
         params[i].copy_(stochastic_round(wide, generator))
     if len(coarse) == len(params):
         return

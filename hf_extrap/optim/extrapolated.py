@@ -13,15 +13,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .base_iterate import BaseIterate
 from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import noise
-from .displacement import copy_, displace_, scale_direction, total_norm
+from .displacement import displace_, scale_direction, total_norm
+from .memory import Buffers, DirectionMemory
+from .statistics import StepStatistics, cosine
 from .step_size import StepSize
 
 logger = logging.getLogger(__name__)
 
-Buffers = list[Tensor | None]
+NOWHERE = -1
+"""Where parameters are that hold the y of a step given up."""
 
 
 class Extrapolated(Optimizer):
@@ -37,8 +41,8 @@ class Extrapolated(Optimizer):
         loss(batch).backward()
         optimizer.step()                    # y → x, then the base optimizer's step
 
-    With K virtual workers, K accumulation micro-batches each play a worker with its own y and d: `probing(worker=k)` and
-    `train(worker=k)`, with the loss divided by K. In global scope one `probing()` holds all K backward passes.
+    With K virtual workers, K accumulation micro-batches each play a worker with its own y and d: `probing(worker=k)`
+    and `train(worker=k)`, with the loss divided by K. In global scope one `probing()` holds all K backward passes.
 
     Args:
         base: the optimizer that steps x. Its groups, state, defaults and state dict are this one's.
@@ -71,7 +75,7 @@ class Extrapolated(Optimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, Extrapolated):
-            raise TypeError(f"base is a {type(base).__name__}; allowed: a torch.optim.Optimizer that is not Extrapolated.")
+            raise TypeError(f"base is a {type(base).__name__}; allowed: any torch.optim.Optimizer but Extrapolated.")
         if virtual_workers < 1:
             raise ValueError(f"virtual_workers is {virtual_workers}; allowed: a whole number >= 1.")
         self.base = base
@@ -85,7 +89,7 @@ class Extrapolated(Optimizer):
         self.statistics: dict[str, float] = {}
         self._sizes = StepSize(config)
         self._last_length: Tensor | None = None
-        self._directions: dict[int, Buffers] = {}
+        self._memory = DirectionMemory(getattr(torch, config.direction_dtype) if config.direction_dtype else None)
         self._cold_after_load = False
         self._start()
         Optimizer.__setstate__(self, {})
@@ -93,19 +97,15 @@ class Extrapolated(Optimizer):
 
     def _start(self) -> None:
         """What holds within one step and is never saved."""
+        self._x = BaseIterate()
         self._capture = GradientCapture()
-        self._captured: dict[int, Buffers] = {}
-        self._filled: dict[int, set[int]] = {}
-        self._x: dict[int, Tensor] = {}
-        self._moved: list[int] = []
-        self._at: int | None = None
+        self._noted = StepStatistics()
         self._worker = 0
         self._probed: set[int] = set()
         self._pending_probe = False
         self._probing = False
         self._observed = False
         self._lengths: dict[int, Tensor] = {}
-        self._seen_statistics: dict[str, list[Tensor]] = {}
 
     # The base optimizer's face
 
@@ -164,33 +164,34 @@ class Extrapolated(Optimizer):
             worker: the virtual worker; global scope has one direction for all.
             model: a DistributedDataParallel module, to save the averaging that local scope has no use for.
 
-        Gradients already in `.grad` are kept aside and put back, and so is the random state, so that the pass at y meets
-        the same dropout masks (with `batch: independent` the masks are independent too).
+        Gradients already in `.grad` are kept aside and put back, and so is the random state, so that the pass at y
+        meets the same dropout masks (with `batch: independent` the masks are independent too).
         """
-        worker = self._select(worker)
-        key = self._key(worker)
+        key = self._key(self._select(worker))
         params = self._params()
         self._check_engine()
-        self._to_rest()
+        self.rest()
         self._capture.attach(params)
         seen, squares = self._capture.seen, self._capture.pass_squares
         kept = [p.grad for p in params]
         for p in params:
             p.grad = None
         self._capture.pass_squares = None
-        direction, filled = self._buffers(self._directions, key), set[int]()
-        self._capture.into(direction if self._is_local else None, filled, self._unscale(), self._dtype)
+        direction, filled = self._memory.start_direction(key, len(params)), set[int]()
+        if self._is_local:
+            self._capture.into(direction, filled, self._unscale(), self._memory.dtype)
         self._probing = True
         try:
             with self._random_state_kept(), self._unaveraged(model):
                 yield
-            if not self._is_local:
-                self._take_gradients(direction, filled, 1 / self._grad_scale())
-            self._drop_unfilled(direction, filled)
+            if self._is_local:
+                self._memory.directions[key] = [d if i in filled else None for i, d in enumerate(direction)]
+            else:
+                self._memory.store(key, self._gradients(1 / self._grad_scale()))
             self._probed.add(key)
             self._pending_probe = True
         except BaseException:
-            self._directions.pop(key, None)
+            self._memory.directions.pop(key, None)
             raise
         finally:
             self._probing = False
@@ -208,11 +209,10 @@ class Extrapolated(Optimizer):
             ValueError: for a worker outside range(virtual_workers).
         """
         self._notice_abandoned_step()
-        worker = self._select(worker)
-        key = self._key(worker)
+        key = self._key(self._select(worker))
         self._pending_probe = False
         self._observed = False
-        if self._at is None and hasattr(self.base, "train"):
+        if self._x.at is None and hasattr(self.base, "train"):
             self.base.train()
         if self.config.direction == "none" and not self.collect_statistics:
             return
@@ -223,9 +223,9 @@ class Extrapolated(Optimizer):
         self._capture.start_pass()
         self._sizes.follow(self.param_groups)
         if self._captures_locally:
-            filled = self._filled.setdefault(key, set())
-            self._capture.into(self._buffers(self._captured, key), filled, self._unscale(), self._dtype)
-        if not self.config.is_active(self.step_count) or self._at == key:
+            buffers, filled = self._memory.start_capture(key, len(self._params()))
+            self._capture.into(buffers, filled, self._unscale(), self._memory.dtype)
+        if not self.config.is_active(self.step_count) or self._x.at == key:
             return
         if self._is_probe_step and key not in self._probed:
             raise RuntimeError(
@@ -236,11 +236,11 @@ class Extrapolated(Optimizer):
 
     def rest(self) -> None:
         """Put x back; within the step, `train` finds the same y again."""
-        self._to_rest()
+        self._x.restore(self._params())
 
     def eval(self) -> None:
         """Put x back, and put a base optimizer that has modes into its evaluation mode."""
-        self._to_rest()
+        self.rest()
         if hasattr(self.base, "eval"):
             self.base.eval()
 
@@ -265,13 +265,14 @@ class Extrapolated(Optimizer):
             The closure's loss, or None.
         """
         loss = self._evaluate(closure) if closure is not None else None
-        self._to_rest()
+        self.rest()
         if self.config.direction != "none" or self.collect_statistics:
             if self.config.direction != "none" and not self._gradients_are_finite():
                 self.discard()
                 return loss
             self._observe(1.0)
-        self._keep_x_for_length()
+        if self.config.direction == "past_update" or self.config.max_displacement is not None:
+            self._x.keep(self._params(), (i for i, p in enumerate(self._params()) if p.requires_grad))
         if hasattr(self.base, "train"):
             self.base.train()
         self.base.step()
@@ -288,55 +289,46 @@ class Extrapolated(Optimizer):
             self.step_count,
             self.skipped_steps,
         )
-        # Within a forward and backward pass the parameters must not move: train() does it.
-        self._directions.clear()
+        self._memory.directions.clear()
         self.reset_step()
 
     def reset_step(self) -> None:
         """Forget what the step in progress has gathered (probes, captured gradients), and nothing else."""
-        if self.collect_statistics and self._seen_statistics:
-            self.statistics = self._summary()
+        if self.collect_statistics:
+            self.statistics = self._noted.summary()
+        self._noted = StepStatistics()
         self._capture.forget()
-        for filled in self._filled.values():
-            filled.clear()
+        self._memory.forget_captured()
         self._probed.clear()
         self._pending_probe = False
         self._worker = 0
         self._lengths = {}
-        self._seen_statistics = {}
         self._observed = False
-        if self._at is not None:
-            self._at = -1
+        if self._x.at is not None:
+            # Parameters must not move between a forward and its backward pass: the next train() moves them.
+            self._x.at = NOWHERE
 
     # The move
 
     def _move(self, key: int) -> None:
-        direction = self._direction(key)
-        moved = set(self._moved)
-        self._to_rest()
         params = self._params()
+        self.rest()
+        direction = self._direction(key)
         indices = [i for i, d in enumerate(direction) if d is not None]
         if not indices:
             return
-        self._keep_x([i for i in indices if i not in moved])
-        self._moved, self._at = indices, key
-        scaled: dict[int, Tensor] = dict(
-            zip(indices, scale_direction(self.config.scaling, [direction[i] for i in indices], [params[i] for i in indices]))  # type: ignore[misc]
-        )
+        x = [params[i] for i in indices]
+        moves = scale_direction(self.config.scaling, [d for d in direction if d is not None], x)
+        scaled = dict(zip(indices, moves, strict=True))
+        self._x.leave(params, indices, key)
         steps = self._steps(key, scaled)
         for start, stop, step in steps:
             group = [i for i in range(start, stop) if i in scaled]
-            if group:
-                number = self._worker_number(key)
-                displace_(
-                    [params[i] for i in group],
-                    [scaled[i] for i in group],
-                    step,
-                    lambda j, group=group: ("rounding", self.config.seed, self.step_count, number, group[j]),
-                )
+            seeds = [("rounding", self.config.seed, self.step_count, self._worker_number(key), i) for i in group]
+            displace_([params[i] for i in group], [scaled[i] for i in group], step, seeds)
         if self.collect_statistics:
-            self._note("displacement_norm", total_norm([self._x[i].sub(params[i]) for i in indices]))
-            self._note("step_size", torch.as_tensor(steps[0][2]).abs())
+            self._noted.note("displacement_norm", total_norm([self._x.kept[i].sub(params[i]) for i in indices]))
+            self._noted.note("step_size", torch.as_tensor(steps[0][2]).abs())
 
     def _steps(self, key: int, scaled: dict[int, Tensor]) -> list[tuple[int, int, float | Tensor]]:
         """(first parameter, one past the last, η) of each group, after the cap; keeps ‖x − y‖ where it is needed."""
@@ -352,7 +344,8 @@ class Extrapolated(Optimizer):
         lengths = [total_norm([scaled[i] for i in range(a, b) if i in scaled]) * abs(step) for a, b, step in steps]
         length = total_norm([n.to(lengths[0]) for n in lengths])
         if cap is not None and self._last_length is not None:
-            factor = (cap * self._last_length.to(length) / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1)
+            tiny = torch.finfo(length.dtype).tiny
+            factor = (cap * self._last_length.to(length) / length.clamp_min(tiny)).clamp_max(1)
             steps = [(a, b, step * factor) for a, b, step in steps]
             length = length * factor
         self._lengths[key] = length
@@ -371,24 +364,10 @@ class Extrapolated(Optimizer):
                 )
             )
             return [next(drawn) if p.requires_grad else None for p in params]
-        if key not in self._directions and self._cold_after_load and self.step_count > 0:
-            logger.warning("the directions of this worker were not in the checkpoint: the first step after it does not extrapolate")
+        if key not in self._memory.directions and self._cold_after_load and self.step_count > 0:
+            logger.warning("this worker's direction was not in the checkpoint: its first step does not extrapolate")
         self._cold_after_load = False
-        return self._directions.get(key, [None] * len(params))
-
-    def _keep_x(self, indices: list[int]) -> None:
-        params = self._params()
-        for i in indices:
-            if i not in self._x or self._x[i].shape != params[i].shape or self._x[i].dtype != params[i].dtype:
-                self._x[i] = torch.empty_like(params[i])
-        copy_([self._x[i] for i in indices], [params[i] for i in indices])
-
-    def _to_rest(self) -> None:
-        if self._moved:
-            params = self._params()
-            with torch.no_grad():
-                copy_([params[i] for i in self._moved], [self._x[i] for i in self._moved])
-        self._moved, self._at = [], None
+        return self._memory.directions.get(key, [])
 
     # After the pass at y
 
@@ -397,123 +376,70 @@ class Extrapolated(Optimizer):
         if self._observed:
             return
         self._observed = True
-        params = self._params()
+        gradients = self._gradients(unscale)
         if self._measures and not self._is_local and 0 in self._probed:
-            self._measure(0, [None if p.grad is None else p.grad * unscale for p in params])
+            self._measure(0, gradients)
         if not self.collect_statistics:
             return
-        grads = [p.grad for p in params if p.grad is not None]
-        norm = total_norm(grads) * unscale
-        self._seen_statistics["gradient_square"] = [norm.square()]
-        passes = self._capture.pass_squares or []
-        if passes:
+        self._noted.replace("gradient_square", total_norm([g for g in gradients if g is not None]).square())
+        if passes := self._capture.pass_squares:
             # Each pass's loss was divided by their number.
             factor = (len(passes) / self._grad_scale()) ** 2
-            self._seen_statistics["pass_square"] = [square * factor for square in passes]
-            self._seen_statistics["passes"] = [torch.tensor(float(len(passes)))]
-        self._seen_statistics["direction_cosine"] = [
-            self._cosine(direction, params) for direction in self._directions_at_hand()
-        ]
+            self._noted.replace("pass_square", *(square * factor for square in passes))
+            self._noted.replace("passes", torch.tensor(float(len(passes))))
+        self._noted.replace("direction_cosine", *(cosine(d, gradients) for d in self._directions_at_hand() if d))
 
     def _directions_at_hand(self) -> list[Buffers]:
         """The directions of this step, or, from the past, the local gradients that will be the next one's."""
         if self.config.direction == "past_gradient" and self._is_local:
-            return [
-                [buffer if i in self._filled[key] else None for i, buffer in enumerate(captured)]
-                for key, captured in self._captured.items()
-                if self._filled[key]
-            ]
-        return [d for d in self._directions.values() if any(t is not None for t in d)]
-
-    @staticmethod
-    def _cosine(direction: Buffers, params: list[Tensor]) -> Tensor:
-        pairs = [(d.to(p.grad), p.grad) for d, p in zip(direction, params) if d is not None and p.grad is not None]
-        if not pairs:
-            return torch.zeros(())
-        dot = torch.stack([torch.sum(d * g).to(pairs[0][0].device) for d, g in pairs]).sum()
-        norms = total_norm([d for d, _ in pairs]) * total_norm([g for _, g in pairs])
-        return dot / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+            return [self._memory.captured_of(worker) for worker in self._memory.captured_workers()]
+        return list(self._memory.directions.values())
 
     def _measure(self, key: int, at_y: Buffers) -> None:
         """Smooth ‖g(y) − g(x)‖ / ‖y − x‖ into the curvature of a worker that has just probed."""
-        if key not in self._lengths:
-            return
-        at_x = self._directions.get(key, [])
-        change = [a.sub(b.to(a)) for a, b in zip(at_y, at_x) if a is not None and b is not None]
-        if change:
+        at_x = self._memory.directions[key]
+        change = [a.sub(b.to(a)) for a, b in zip(at_y, at_x, strict=True) if a is not None and b is not None]
+        if change and key in self._lengths:
             self._sizes.measure(key, total_norm(change), self._lengths[key])
-
-    def _keep_x_for_length(self) -> None:
-        if self._needs_last_update or self.config.max_displacement is not None:
-            self._keep_x([i for i, p in enumerate(self._params()) if p.requires_grad])
 
     def _look_back(self) -> None:
         """Turn what this step saw into what the next one looks along."""
-        params = self._params()
         if self._measures and self._is_local:
-            for key in self._probed:
-                self._measure(key, self._filled_only(key))
+            for worker in self._probed.intersection(self._memory.captured_workers()):
+                self._measure(worker, self._memory.captured_of(worker))
         if self.config.max_displacement is not None:
-            self._last_length = total_norm([self._x[i].sub(params[i]) for i in self._x])
-        if self.config.is_fresh:
-            self._directions.clear()
-        elif self._needs_last_update:
-            self._take_update(params)
-        elif self.config.direction == "past_gradient":
-            self._take_past_gradients()
-
-    def _take_past_gradients(self) -> None:
-        if not self.config.is_active(self.step_count + 1):
-            self._directions.clear()
-        elif not self._is_local:
-            direction, filled = self._buffers(self._directions, 0), set[int]()
-            self._take_gradients(direction, filled, 1.0)
-            self._drop_unfilled(direction, filled)
+            params = self._params()
+            self._last_length = total_norm([x.sub(params[i]) for i, x in self._x.kept.items()])
+        if not self.config.is_past or not self.config.is_active(self.step_count + 1):
+            self._memory.directions.clear()
+        elif self.config.direction == "past_update":
+            self._memory.store(0, self._last_update())
+        elif self._is_local:
+            self._memory.turn_captured_into_directions()
         else:
-            for key, filled in self._filled.items():
-                if not filled:
-                    continue
-                spent = self._directions.get(key, [])
-                self._directions[key] = self._filled_only(key)
-                self._captured[key] = spent
+            self._memory.store(0, self._gradients(1.0))
 
-    def _take_update(self, params: list[Tensor]) -> None:
-        """d = (x_{t−1} − x_t) / lr, the base optimizer's own direction."""
-        if not self.config.is_active(self.step_count + 1):
-            self._directions.clear()
-            return
-        direction, filled = self._buffers(self._directions, 0), set[int]()
-        start = 0
+    def _last_update(self) -> Buffers:
+        """(x_{t−1} − x_t) / lr, the base optimizer's own direction."""
+        update: Buffers = []
         for group in self.param_groups:
             rate = self._sizes.learning_rate(group)
-            for i in range(start, start + len(group["params"])):
-                if i in self._x and params[i].requires_grad and params[i].grad is not None and rate > 0:
-                    wide = self._x[i].to(torch.promote_types(params[i].dtype, torch.float32))
-                    self._store(direction, i, wide.sub(params[i]).div_(rate))
-                    filled.add(i)
-            start += len(group["params"])
-        self._drop_unfilled(direction, filled)
+            for p in group["params"]:
+                x = self._x.kept.get(len(update))
+                stepped = x is not None and p.grad is not None and rate > 0
+                update.append(x.to(torch.promote_types(p.dtype, torch.float32)).sub(p).div_(rate) if stepped else None)  # type: ignore[union-attr]
+        return update
 
-    def _take_gradients(self, direction: Buffers, filled: set[int], unscale: float) -> None:
-        for i, p in enumerate(self._params()):
-            if p.grad is not None:
-                self._store(direction, i, p.grad if unscale == 1 else p.grad * unscale)
-                filled.add(i)
-
-    def _store(self, buffers: Buffers, index: int, value: Tensor) -> None:
-        buffer = buffers[index]
-        if buffer is None or buffer.shape != value.shape:
-            buffers[index] = value.detach().to(self._dtype or value.dtype, copy=True)
-        else:
-            buffer.copy_(value)
+    def _gradients(self, unscale: float) -> Buffers:
+        return [p.grad if p.grad is None or unscale == 1 else p.grad * unscale for p in self._params()]
 
     def _gradients_are_finite(self) -> bool:
-        grads = [p.grad for p in self._params() if p.grad is not None]
-        captured = [b for key in self._filled for b in self._filled_only(key) if b is not None]
-        return bool(torch.isfinite(total_norm(grads))) and bool(torch.isfinite(total_norm(captured)))
-
-    def _filled_only(self, key: int) -> Buffers:
-        return [b if i in self._filled[key] else None for i, b in enumerate(self._captured[key])]
+        """Of the averaged gradient, and of the local ones that would become directions."""
+        captured = [self._memory.captured_of(worker) for worker in self._memory.captured_workers()]
+        return all(
+            bool(torch.isfinite(total_norm([g for g in gradients if g is not None])))
+            for gradients in [self._gradients(1.0), *captured]
+        )
 
     # What the configuration asks of this step
 
@@ -538,10 +464,6 @@ class Extrapolated(Optimizer):
         past = self.config.direction == "past_gradient" and self.config.is_active(self.step_count + 1)
         return self._is_local and (past or self._measures)
 
-    @property
-    def _needs_last_update(self) -> bool:
-        return self.config.direction == "past_update"
-
     def _key(self, worker: int) -> int:
         """Whose direction a worker uses: its own, or the one of all."""
         return worker if self._is_local else 0
@@ -560,33 +482,19 @@ class Extrapolated(Optimizer):
 
     # Small things
 
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        return getattr(torch, self.config.direction_dtype) if self.config.direction_dtype else None
-
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _buffers(self, store: dict[int, Buffers], key: int) -> Buffers:
-        buffers = store.setdefault(key, [])
-        buffers += [None] * (len(self._params()) - len(buffers))
-        return buffers
-
-    @staticmethod
-    def _drop_unfilled(buffers: Buffers, filled: set[int]) -> None:
-        for i in range(len(buffers)):
-            if i not in filled:
-                buffers[i] = None
-
     def _grad_scale(self) -> float:
-        return float(self.grad_scaler.get_scale()) if self.grad_scaler is not None and self.grad_scaler.is_enabled() else 1.0
+        scaler = self.grad_scaler
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
     def _unscale(self) -> float:
         """The factor that turns a worker's gradient of the scaled loss into that of its mean loss."""
         return 1 / (self.loss_scale * self._grad_scale())
 
     def _notice_abandoned_step(self) -> None:
-        """A step was skipped if its gradients are gone and no step was taken: a GradScaler's overflow looks like this."""
+        """A step was skipped if its gradients are gone and none was taken: so looks a GradScaler's overflow."""
         if self._capture.seen and all(p.grad is None for p in self._params()):
             self.discard()
 
@@ -615,15 +523,9 @@ class Extrapolated(Optimizer):
             for p in self._params():
                 if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
                     raise ValueError(
-                        "scope is 'local', but the parameters are sharded (FSDP or ZeRO-3), so that no worker has its own y; "
-                        "allowed: scope 'global' (extragradient, optimistic, past-update), DDP, or ZeRO-0 to 2."
+                        "scope is 'local', but the parameters are sharded (FSDP or ZeRO-3), so that no worker has its "
+                        "own y; allowed: scope 'global' (extragradient, optimistic, past-update), or unsharded weights."
                     )
-
-    def _note(self, name: str, value: Tensor) -> None:
-        self._seen_statistics.setdefault(name, []).append(value)
-
-    def _summary(self) -> dict[str, float]:
-        return {name: float(sum(float(v) for v in values) / len(values)) for name, values in self._seen_statistics.items() if values}
 
     # Saving
 
@@ -632,12 +534,12 @@ class Extrapolated(Optimizer):
 
         Directions that differ between processes are not in it: each process saves its own `local_state_dict`.
         """
-        self._to_rest()
+        self.rest()
         return {**self.base.state_dict(), "extrap": checkpoint.shared_state(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; that of the base optimizer alone is taken too, and directions start cold."""
-        self._to_rest()
+        self.rest()
         self.reset_step()
         self.base.load_state_dict({name: value for name, value in state_dict.items() if name != "extrap"})
         checkpoint.load_shared_state(self, state_dict.get("extrap", {}))
@@ -652,7 +554,7 @@ class Extrapolated(Optimizer):
         checkpoint.load_local_state(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._to_rest()
+        self.rest()
         within_step = set(vars(Extrapolated._blank()))
         return {k: v for k, v in self.__dict__.items() if k not in within_step and k != "step"}
 

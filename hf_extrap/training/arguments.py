@@ -80,8 +80,9 @@ class ExtrapArguments:
         if self.extrap_virtual_workers > 1:
             if self.gradient_accumulation_steps not in (1, self.extrap_virtual_workers):  # type: ignore[has-type]
                 raise ValueError(
-                    f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and extrap_virtual_workers is "  # type: ignore[has-type]
-                    f"{self.extrap_virtual_workers}; allowed: the same number, or 1, since each micro-batch is a worker."
+                    f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and "  # type: ignore[has-type]
+                    f"extrap_virtual_workers is {self.extrap_virtual_workers}; allowed: the same number, or 1, since "
+                    "each micro-batch is a worker."
                 )
             self.gradient_accumulation_steps = self.extrap_virtual_workers
         super().__post_init__()  # type: ignore[misc]
@@ -95,10 +96,11 @@ class ExtrapArguments:
             raise ValueError(f"base_batch_size is {self.base_batch_size}; allowed: a number > 0.")
         if self.lr_scaling != "none" and self.base_batch_size is None:
             raise ValueError(
-                f"lr_scaling is {self.lr_scaling!r} without base_batch_size, the batch size that learning_rate was tuned at."
+                f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, the batch size that learning_rate "
+                "was tuned at."
             )
         if self.warmup_epochs < 0 or (self.warmup_epochs and self.warmup_steps):  # type: ignore[attr-defined]
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; allowed: a number >= 0, and 0 beside warmup_steps.")
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; allowed: >= 0, and 0 beside warmup_steps.")
         inside = all(0 < share < 1 for share in self.lr_milestones)
         if not inside or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones is {self.lr_milestones}; allowed: increasing shares in (0, 1).")

@@ -47,8 +47,8 @@ class ExtrapTrainerMixin:
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, ExtrapArguments):
             raise TypeError(
-                f"args is a {type(self.args).__name__}, which lacks the extrap fields; allowed: ExtrapTrainingArguments, "
-                "or a class that has ExtrapArguments before its own TrainingArguments among its bases."
+                f"args is a {type(self.args).__name__}, which lacks the extrap fields; allowed: "
+                "ExtrapTrainingArguments, or a class with ExtrapArguments before its own TrainingArguments as bases."
             )
         self.batch_size_unit = 1.0
         self._extrap_config = self.args.extrap_config()
@@ -73,8 +73,8 @@ class ExtrapTrainerMixin:
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
         if engine is not None:
             raise ValueError(
-                f"extrap is {self.args.extrap!r} and the engine is {engine}, where the Trainer does not extrapolate yet; "
-                "allowed: one process or DDP (torchrun, accelerate launch), or extrap 'none'."
+                f"extrap is {self.args.extrap!r} and the engine is {engine}, where the Trainer does not extrapolate "
+                "yet; allowed: one process or DDP (torchrun, accelerate launch), or extrap 'none'."
             )
 
     # Optimizer and schedule
@@ -244,14 +244,16 @@ class ExtrapTrainerMixin:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
                 one, two = (
-                    float(Trainer.compute_loss(self, model, self._prepare_inputs(dict(inputs)), num_items_in_batch=count))
-                    for count in (torch.tensor(1000.0), torch.tensor(2000.0))
+                    float(super(ExtrapTrainerMixin, self).compute_loss(model, batch, num_items_in_batch=count))
+                    for batch, count in (
+                        (self._prepare_inputs(dict(inputs)), torch.tensor(n)) for n in (1000.0, 2000.0)
+                    )
                 )
         finally:
             model.train(was_training)
         if one != 0 and math.isclose(one, two, rel_tol=1e-3):
             logger.warning(
-                "%s takes num_items_in_batch and ignores it: the loss is averaged over micro-batches and processes instead",
+                "%s takes num_items_in_batch and ignores it: micro-batches and processes are averaged instead",
                 type(model).__name__,
             )
             self.model_accepts_loss_kwargs = False
@@ -346,7 +348,11 @@ class ExtrapTrainerMixin:
                 "curvature": {} if alone else local["curvature"],
                 "carried": self._carried.tensors(),
             },
-            {"owner": local["owner"], "noise_scale": self._noise_scale.state(), "processes": self.accelerator.num_processes},
+            {
+                "owner": local["owner"],
+                "noise_scale": self._noise_scale.state(),
+                "processes": self.accelerator.num_processes,
+            },
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -362,7 +368,7 @@ class ExtrapTrainerMixin:
         processes = self.accelerator.num_processes
         if facts["processes"] != processes:
             logger.warning(
-                "the checkpoint was written by %d processes and this run has %d: directions and recurrent states start cold",
+                "the checkpoint has %d processes and this run %d: directions and recurrent states start cold",
                 facts["processes"],
                 processes,
             )
@@ -391,7 +397,9 @@ def _first_rows(inputs: Inputs, share: float) -> Inputs:
         return dict(inputs)
     rows = max(t.shape[0] for t in inputs.values() if isinstance(t, Tensor) and t.dim())
     kept = max(1, math.ceil(share * rows))
-    return {name: t[:kept] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t for name, t in inputs.items()}
+    return {
+        name: t[:kept] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t for name, t in inputs.items()
+    }
 
 
 __all__ = ["ExtrapSeq2SeqTrainer", "ExtrapTrainer", "ExtrapTrainerMixin"]
