@@ -1,6 +1,6 @@
-"""Make `plain_loop`, which three test folders share, importable."""
+"""Make `plain_loop` and `processes`, which several test folders share, importable."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "optim"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "optim"), str(Path(__file__).parents[1] / "distributed")]
