@@ -1,0 +1,282 @@
+"""The Trainer: the stock one bit for bit without extrapolation, the plain loop with it, x at rest, resumes, logs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_extrap import PRESETS, ExtrapConfig, Extrapolated, ExtrapTrainer
+
+MOMENTUM = {"sgd_momentum": 0.9, "sgd_nesterov": True}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"gradient_accumulation_steps": 3, "optim": "adamw_torch", "weight_decay": 0.1}]
+)
+def test_none_is_the_stock_trainer_bit_for_bit(tmp_path: Path, fields: dict[str, Any]) -> None:
+    stock = train(tmp_path / "stock", kind=Trainer, model=gpt2(dropout=0.1), **fields)
+    ours = train(tmp_path / "ours", model=gpt2(dropout=0.1), **fields)
+    assert torch.equal(weights(ours), weights(stock))
+    losses = [[row["loss"] for row in trainer.state.log_history if "loss" in row] for trainer in (stock, ours)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("preset", ["extrap", "extrap-past", "extragradient", "optimistic", "past-update", "sam"])
+def test_it_is_the_plain_loop(tmp_path: Path, preset: str, workers: int) -> None:
+    fields = {"extrap_step_ratio": 0.5} if preset != "sam" else {}
+    options = {"train_sampling_strategy": "sequential", "max_grad_norm": 0.5, "lr_scheduler_type": "constant"}
+    trainer = train(tmp_path, extrap=preset, extrap_virtual_workers=workers, **options, **fields, **MOMENTUM)
+
+    model = gpt2()
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    overrides = {name.removeprefix("extrap_"): value for name, value in fields.items()}
+    optimizer = Extrapolated(base, ExtrapConfig.preset(preset, **overrides), virtual_workers=workers)
+    rows = Sentences(64).rows
+    for step in range(6):
+        batches = [rows[(step * workers + k) * 4 :][:4] for k in range(workers)]
+
+        def backward(batch: torch.Tensor) -> None:
+            (model(input_ids=batch, labels=batch).loss / workers).backward()
+
+        if optimizer.config.scope == "global" and optimizer.wants_probe:
+            with optimizer.probing():
+                for batch in batches:
+                    backward(batch)
+        for k, batch in enumerate(batches):
+            if optimizer.wants_probe:
+                with optimizer.probing(worker=k):
+                    backward(batch)
+            optimizer.train(worker=k)
+            backward(batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(weights(trainer), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, weights(train(tmp_path / "none", **options, **MOMENTUM)), atol=1e-5)
+
+
+class Watch(TrainerCallback):
+    """Remembers the parameters at every event between the passes."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[torch.Tensor]] = {}
+
+    def _look(self, event: str, model: torch.nn.Module) -> None:
+        vector = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+        self.seen.setdefault(event, []).append(vector)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._look("begin", model)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._look("between", model)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._look("before", model)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._look("evaluated", model)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
+def test_the_weights_are_x_wherever_anyone_looks_and_in_every_save(tmp_path: Path, preset: str) -> None:
+    watch = Watch()
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    fields = {"extrap": preset, "extrap_virtual_workers": 2, "load_best_model_at_end": True, **steps}
+    trainer = train(tmp_path, callbacks=[watch, EarlyStoppingCallback(5)], **fields, **MOMENTUM)
+    for begin, between, before in zip(watch.seen["begin"], watch.seen["between"], watch.seen["before"], strict=True):
+        assert torch.equal(begin, between) and torch.equal(begin, before)
+    # What step 2 leaves is what is evaluated and saved, and what step 3 begins with.
+    x = watch.seen["begin"][2]
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    loaded = gpt2()
+    loaded.load_state_dict(saved, strict=False)
+    assert torch.equal(torch.cat([p.detach().reshape(-1) for p in loaded.parameters()]), x)
+    assert torch.equal(watch.seen["evaluated"][0], x)
+    best = min(
+        (2, 4),
+        key=lambda step: next(
+            r["eval_loss"] for r in trainer.state.log_history if r["step"] == step and "eval_loss" in r
+        ),
+    )
+    final = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in final.items())
+
+
+@pytest.mark.parametrize("preset", ["extrap-past", "optimistic", "past-update", "extrap", "smoothout"])
+@pytest.mark.parametrize("step_size", [None, "auto"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, preset: str, step_size: str | None) -> None:
+    if preset == "smoothout" and step_size == "auto":
+        pytest.skip("noise has no curvature to follow")
+    fields = {
+        "extrap": preset,
+        "extrap_step_size": step_size,
+        "extrap_virtual_workers": 2,
+        "extrap_max_displacement": 2.0,
+    }
+    saves = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
+    whole = train(tmp_path / "whole", model=gpt2(dropout=0.1), **fields, **saves)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = train(tmp_path / "resumed", model=gpt2(dropout=0.1), resume=str(checkpoint), **fields, **saves)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert [row for row in resumed.state.log_history if "loss" in row] == [
+        row for row in whole.state.log_history if "loss" in row
+    ]
+
+
+def test_another_number_of_virtual_workers_starts_cold_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 3, "extrap": "extrap-past"}
+    train(tmp_path, extrap_virtual_workers=2, max_steps=3, **saves, **MOMENTUM)
+    resumed = train(
+        tmp_path / "resumed",
+        extrap_virtual_workers=4,
+        per_device_train_batch_size=2,
+        resume=str(tmp_path / "checkpoint-3"),
+        **saves,
+        **MOMENTUM,
+    )
+    assert resumed.state.global_step == 6
+    assert "virtual_workers was 2 and is 4" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    other = copy.deepcopy(gpt2())
+    other.resize_token_embeddings(60)
+    with pytest.raises(ValueError, match="another model"):
+        train(tmp_path / "resumed", model=other, resume=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("extrap", ["none", "extrap-past"])
+@pytest.mark.parametrize("model", [gpt2, marian])
+def test_accumulation_does_not_scale_the_gradient(tmp_path: Path, extrap: str, model: Any) -> None:
+    norms = []
+    for steps, rows in ((1, 8), (4, 2)):
+        trainer = train(
+            tmp_path / f"{steps}",
+            model=model(),
+            extrap=extrap,
+            gradient_accumulation_steps=steps,
+            per_device_train_batch_size=rows,
+            train_sampling_strategy="sequential",
+            max_steps=1,
+        )
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_the_stock_trainer_does_scale_it(tmp_path: Path) -> None:
+    """The fault that the test above guards against, so that it is seen to be able to fail."""
+    norms = [
+        train(
+            tmp_path / f"{steps}",
+            kind=Trainer,
+            model=marian(),
+            gradient_accumulation_steps=steps,
+            per_device_train_batch_size=8 // steps,
+            train_sampling_strategy="sequential",
+            max_steps=1,
+        ).state.log_history[0]["grad_norm"]
+        for steps in (1, 4)
+    ]
+    assert norms[1] == pytest.approx(4 * norms[0], rel=1e-4)
+
+
+def test_every_logging_step_tells_what_the_extrapolation_did(tmp_path: Path) -> None:
+    fields = {"extrap": "extrap-past", "extrap_virtual_workers": 4, "extrap_step_ratio": 0.5}
+    steps = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "lr_scheduler_type": "constant"}
+    trainer = train(tmp_path, **steps, **fields)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert row["extrap/step_size"] == pytest.approx(0.5 * row["learning_rate"], rel=1e-4)
+        assert row["extrap/displacement_norm"] > 0
+        assert 0 < row["extrap/direction_cosine"] < 1
+        assert row["extrap/loss_at_y"] == row["loss"]
+        assert row["extrap/gradient_noise_scale"] > 0
+    evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
+    # Along a descent direction the loss is lower at y.
+    assert all(row["eval_extrap/loss_at_y"] < row["eval_extrap/loss_at_x"] for row in evaluated)
+
+
+def test_one_worker_has_no_noise_scale_and_the_base_optimizer_alone_has_one_with_two(tmp_path: Path) -> None:
+    one = train(tmp_path / "one", extrap="none", max_steps=2)
+    assert "extrap/gradient_noise_scale" not in one.state.log_history[0]
+    two = train(tmp_path / "two", extrap="none", extrap_virtual_workers=2, max_steps=2)
+    assert math.isfinite(two.state.log_history[0]["extrap/gradient_noise_scale"])
+    assert two.state.log_history[0]["extrap/displacement_norm"] == 0
+
+
+def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
+    for preset in ("extrap", "extrap-past", "extragradient"):
+        fields = {"extrap": preset, "extrap_virtual_workers": 2}
+        quiet = train(tmp_path / f"{preset}-quiet", **fields)
+        busy = train(tmp_path / f"{preset}-busy", eval_strategy="steps", eval_steps=1, **fields)
+        assert torch.equal(weights(quiet), weights(busy))
+
+
+def test_a_fraction_of_the_batch_costs_a_fraction_of_a_gradient(tmp_path: Path) -> None:
+    rows: list[int] = []
+
+    class Counting(ExtrapTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            rows.append(len(inputs["input_ids"]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    train(tmp_path, kind=Counting, extrap="extrap", extrap_batch_fraction=0.25, max_steps=3)
+    assert rows == [1, 4] * 3
+
+
+def test_independent_samples_are_those_of_the_step_before(tmp_path: Path) -> None:
+    first_tokens: list[int] = []
+
+    class Counting(ExtrapTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            first_tokens.append(int(inputs["input_ids"][0, 0]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    train(
+        tmp_path,
+        kind=Counting,
+        extrap="extrap",
+        extrap_batch="independent",
+        train_sampling_strategy="sequential",
+        max_steps=3,
+    )
+    token = [int(Sentences(64).rows[4 * step, 0]) for step in range(3)]
+    # The first step has no other samples than its own.
+    assert first_tokens == [token[0], token[0], token[0], token[1], token[1], token[2]]
+
+
+def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="lacks the extrap fields"):
+        ExtrapTrainer(gpt2(), arguments(tmp_path, kind=TrainingArguments))
+    trainer = ExtrapTrainer(gpt2(), arguments(tmp_path, extrap="extrap-past"), train_dataset=Sentences(8))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="the engine is FSDP"):
+        trainer._refuse_unsupported_engines()
+
+
+def test_a_user_s_own_optimizer_is_wrapped_with_its_momentum(tmp_path: Path) -> None:
+    model = gpt2()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8)
+    trainer = ExtrapTrainer(
+        model, arguments(tmp_path, extrap="extrap-past"), train_dataset=Sentences(32), optimizers=(base, None)
+    )
+    trainer.train()
+    assert trainer.extrapolated.base is base
+    assert all("momentum_buffer" in state for state in base.state.values())
+    trainer.train()
+    assert trainer.extrapolated.base is base
