@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 DESCRIPTION = "Extrapolation for large-batch training of Hugging Face models."
+EPILOG = "Errors are told in one sentence; with HF_EXTRAP_TRACEBACK=1 in the environment, with their traceback."
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -38,12 +39,12 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         # One process speaks for all.
         if os.environ.get("RANK", "0") == "0":
-            print(f"hf-extrap: error: {error}", file=sys.stderr)
+            print("hf-extrap: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("hf-extrap", description=DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser("hf-extrap", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train one model", add_help=False, allow_abbrev=False)
     train.add_argument("-h", "--help", action="store_true", help="list every field")
@@ -74,6 +75,7 @@ def _train(config: str | None, wants_help: bool, rest: list[str], command: str) 
     from hf_extrap.report import print_run
     from hf_extrap.run import run
 
+    _quiet()
     configuration = resolve(config, rest)
     metrics = run(configuration, command)
     if configuration.training_arguments.process_index == 0:
@@ -84,6 +86,7 @@ def _train(config: str | None, wants_help: bool, rest: list[str], command: str) 
 def _compare(config: str | None, known: argparse.Namespace, rest: list[str], command: str) -> int:
     from hf_extrap.compare import compare, parse_list
 
+    _quiet()
     compare(
         config,
         rest,
@@ -95,6 +98,13 @@ def _compare(config: str | None, known: argparse.Namespace, rest: list[str], com
         command=command,
     )
     return 0
+
+
+def _quiet() -> None:
+    """Leave the bars of training and evaluation, not one for every file that is read or written."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _doctor() -> int:

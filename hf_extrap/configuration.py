@@ -22,8 +22,12 @@ from hf_extrap.tasks import TASKS, get_task
 from hf_extrap.tasks.base import Task
 from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments
 
-# A NaN loss must show in the history: the stock filter repeats the last finite one instead.
-PROGRAM_DEFAULTS: dict[str, Any] = {"logging_nan_inf_filter": False}
+PROGRAM_DEFAULTS: dict[str, Any] = {
+    # A NaN loss must show in the history: the stock filter repeats the last finite one instead.
+    "logging_nan_inf_filter": False,
+    # DDP's search costs a walk through the graph a step; a model that needs it fails loudly without.
+    "ddp_find_unused_parameters": False,
+}
 
 
 @dataclass
@@ -198,7 +202,7 @@ def _word_name(word: str) -> str:
 
 def _closest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; `hf-extrap train --help` lists all"
+    return f" (did you mean {close[0]!r}?)" if close else " (`hf-extrap train --help` lists all)"
 
 
 def _complete(namespace: Namespace, given: Mapping[str, Any], name: str) -> None:

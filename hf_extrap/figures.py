@@ -24,6 +24,11 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
 )
 
 
+def spoken(metric: str) -> str:
+    """A metric as people write it."""
+    return {"bleu": "BLEU", "chrf": "chrF"}.get(metric, metric)
+
+
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one key of a run's history, where it has a number."""
     found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float) and "step" in row]
@@ -45,7 +50,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
     losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
     panels.append(("Loss", losses, False))
-    panels.append((f"Validation {metric}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
+    panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
     panels = [(name, lines, log) for name, lines, log in panels if any(steps for steps, _ in lines.values())]
     columns = min(2, max(1, len(panels)))
@@ -98,7 +103,7 @@ def draw_comparison(
         grid[0].axhline(target, color="0.5", linestyle=":", linewidth=1)
     for axes, label in zip(grid, ("step", "learning rate"), strict=False):
         axes.set_xlabel(label)
-        axes.set_ylabel(f"validation {metric}")
+        axes.set_ylabel(f"validation {spoken(metric)}")
         _finish(axes, logarithmic=metric == "perplexity")
     if several_rates:
         grid[1].set_xscale("log")
@@ -137,7 +142,8 @@ def _finish(axes: Axes, logarithmic: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if logarithmic:
         axes.set_yscale("log")
         plain = EngFormatter(places=None)

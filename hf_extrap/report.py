@@ -10,8 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hf_extrap.figures import spoken
 from hf_extrap.results import CARD_FILE, CURVES_FILE, METRICS_FILE
-from hf_extrap.training.model_card import result_rows
+from hf_extrap.training.model_card import result_rows, worker_words
 
 
 def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Console | None = None) -> None:
@@ -24,14 +25,13 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
     console.print(
         make_table(
             f"{metrics['task'].replace('_', ' ').capitalize()}, preset {metrics['preset']} ({what})",
-            [f"measured ({metrics['metric']}: {better})", "before training", "after training"],
+            [f"measured ({spoken(metrics['metric'])}: {better})", "before training", "after training"],
             result_rows(metrics),
         )
     )
-    workers = metrics["world_size"] * metrics["virtual_workers"]
     rows = [
         ["steps", f"{metrics['steps']:,}"],
-        ["workers", f"{workers} ({metrics['world_size']} processes × {metrics['virtual_workers']} virtual)"],
+        ["workers", worker_words(metrics)],
         ["training time", _seconds(metrics["train_seconds"])],
         ["seconds a step", _optional(metrics["seconds_per_step"], ".3f")],
         ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")],
@@ -39,9 +39,10 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
     if metrics["world_size"] > 1:
         rows.append(["processes ended with the same weights", "yes" if metrics["ranks_identical"] else "NO"])
     folder = Path(output_dir)
-    rows += [["model card", str(folder / CARD_FILE)], ["figure", str(folder / CURVES_FILE)]]
-    rows.append(["all numbers", str(folder / METRICS_FILE)])
     console.print(make_table(None, ["", ""], rows, header=False))
+    # A path that is folded cannot be copied.
+    for name, file in (("model card", CARD_FILE), ("figure", CURVES_FILE), ("all numbers", METRICS_FILE)):
+        console.print(f"  {name:<12}{folder / file}", soft_wrap=True, highlight=False)
     if metrics["status"] == "diverged":
         console.print("The run diverged: its metric is not a finite number. Lower --learning_rate or the step size.")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import wait_for_everyone
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
 
 from hf_extrap.configuration import Configuration
 from hf_extrap.figures import draw_curves
@@ -18,7 +18,7 @@ from hf_extrap.results import CARD_FILE, CURVES_FILE, RunFolder, versions
 from hf_extrap.tasks.base import PreparedTask
 from hf_extrap.training.checkpoints import check_checkpoint_matches
 from hf_extrap.training.model_card import make_card, optimizer_name
-from hf_extrap.training.recording import RunRecorder, replicas_agree
+from hf_extrap.training.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
 
 
@@ -67,8 +67,9 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     test = _evaluate_test(trainer, prepared)
     trainer.save_model()
 
+    items = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     metrics: dict[str, Any] = {
-        "status": "finished" if _is_finite(validation.get(f"eval_{prepared.metric}")) else "diverged",
+        "status": "finished" if _is_finite(validation, f"eval_{prepared.metric}", "eval_loss") else "diverged",
         "task": configuration.task.name,
         "preset": arguments.extrap,
         "extrap": arguments.extrap_config().to_dict(),
@@ -82,7 +83,8 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
         "wall_clock_seconds": time.perf_counter() - began,
         "world_size": arguments.world_size,
         "virtual_workers": arguments.extrap_virtual_workers,
-        "global_batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "global_batch": items,
+        "global_batch_units": items * prepared.batch_size_unit,
         "ranks_identical": identical,
         "optimizer": optimizer_name(trainer.optimizer),
         "peak_learning_rate": max((row["learning_rate"] for row in _rows(trainer, "learning_rate")), default=None),
@@ -116,6 +118,9 @@ def _make_trainer(configuration: Configuration, prepared: PreparedTask) -> Train
         preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
     )
     trainer.batch_size_unit = prepared.batch_size_unit
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ConciseProgress(prepared.metric))
     return trainer
 
 
@@ -185,8 +190,8 @@ def _rows(trainer: Trainer, key: str) -> list[dict[str, Any]]:
     return [row for row in trainer.state.log_history if key in row]
 
 
-def _is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
+def _is_finite(row: dict[str, Any], *names: str) -> bool:
+    return all(row.get(name) is not None and math.isfinite(row[name]) for name in names)
 
 
 def _write(folder: RunFolder, metrics: dict[str, Any], rows: list[dict[str, Any]], model: PreTrainedModel) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 _CACHE = tempfile.mkdtemp(prefix="hf_extrap_tests_")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -38,3 +43,63 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the corpora in ../shared/data, which are not here")
     return folder
+
+
+TINY_TRANSLATION: dict[str, Any] = {
+    "task": "translation",
+    "vocab_size": 400,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "attention_heads": 2,
+    "ffn_dim": 32,
+    "max_length": 32,
+    "batch_tokens": 256,
+    "max_train_samples": 100,
+    "max_eval_samples": 8,
+    "num_beams": 2,
+    "max_steps": 6,
+    "learning_rate": 3e-3,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a YAML configuration: `write_config(name, fields)`."""
+
+    def write(name: str, fields: dict[str, Any]) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_translation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that trains a toy translation model in a second."""
+    path = tmp_path_factory.mktemp("configurations") / "tiny_translation.yaml"
+    path.write_text(yaml.safe_dump(TINY_TRANSLATION), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., str]:
+    """Runs `python …` or, with processes, `torchrun …` in the checkout: `launch(*words, processes=2)`; gives stdout."""
+
+    def run(*words: str | Path, processes: int | None = None, expect: int = 0) -> str:
+        # --standalone takes a free port, so that tests may run side by side.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(torchrun if processes else []), *map(str, words)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        # torchrun has one exit code of its own for every failure.
+        assert (done.returncode != 0) == (expect != 0), done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout if not expect else done.stderr
+
+    return run

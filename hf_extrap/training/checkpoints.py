@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -41,8 +42,14 @@ def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
                 f"checkpoint {folder} is of another model: {name} has shape {list(shape)} there and "
                 f"{list(expected[name])} here."
             )
+    # Such as sinusoidal positions, which the model makes anew.
+    unsaved = [
+        re.compile(pattern)
+        for attribute in ("_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing")
+        for pattern in getattr(model, attribute, None) or ()
+    ]
     for names in groups.values():
-        if not any(name in stored for name in names):
+        if not any(name in stored or any(pattern.search(name) for pattern in unsaved) for name in names):
             raise ValueError(f"checkpoint {folder} is of another model: it has no weight {names[0]!r}.")
 
 

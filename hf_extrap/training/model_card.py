@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from hf_extrap.figures import spoken
+
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 # Task of this package -> the Hub's pipeline tag and its spoken name.
@@ -18,7 +20,6 @@ _HUB_TASKS = {
     "language_modeling": ("text-generation", "Text Generation"),
     "translation": ("translation", "Translation"),
 }
-_METRIC_NAMES = {"bleu": "BLEU", "perplexity": "Perplexity", "loss": "Loss"}
 _SPLITS = {"eval": "validation", "test": "test"}
 
 
@@ -58,7 +59,6 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
         template_path=str(TEMPLATE),
         title=title,
         preset=metrics["preset"],
-        result_columns=["before training", "after training"],
         result_rows=result_rows(metrics),
         diverged=metrics["status"] == "diverged",
         figure=figure,
@@ -66,7 +66,7 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
         extrap_fields=yaml.safe_dump(metrics["extrap"], sort_keys=False).strip(),
         command=metrics["command"],
         versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
-        data_rows=[(_spoken(name), _number(value)) for name, value in {**facts, "dataset": dataset}.items()],
+        data_rows=_fact_rows({**facts, "dataset": dataset}),
         loading=_loading(model),
     )
 
@@ -79,9 +79,19 @@ def result_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
             after = metrics[prefix].get(f"{prefix}_{key}") if metrics.get(prefix) else None
             before = (metrics.get("untrained") or {}).get(f"untrained_{key}") if prefix == "eval" else None
             if after is not None or before is not None:
-                name = f"{split} {_METRIC_NAMES.get(key, key) if key == 'bleu' else key}"
-                rows.append([name, _number(before), _number(after)])
+                rows.append([f"{split} {spoken(key)}", _number(before), _number(after)])
     return rows
+
+
+def worker_words(metrics: Mapping[str, Any]) -> str:
+    """How many workers took part, and how they came about."""
+    processes, virtual = metrics["world_size"], metrics["virtual_workers"]
+    return f"{processes * virtual} ({processes} process{'es' * (processes > 1)} × {virtual} virtual)"
+
+
+def _batch_words(metrics: Mapping[str, Any]) -> str:
+    items, units = metrics["global_batch"], metrics["global_batch_units"]
+    return f"{items:,}" if units == items else f"{items:,} batches, about {units:,.0f} tokens"
 
 
 def _eval_results(
@@ -95,11 +105,11 @@ def _eval_results(
                 EvalResult(
                     task_type=pipeline,
                     task_name=task_name,
-                    dataset_type=dataset,
+                    dataset_type=dataset.replace(" ", "-"),
                     dataset_name=dataset,
                     dataset_split=split,
                     metric_type=metric,
-                    metric_name=f"{_METRIC_NAMES.get(metric, metric)} ({split})",
+                    metric_name=f"{spoken(metric)} ({split})",
                     metric_value=round(float(value), 4),
                 )
             )
@@ -107,14 +117,13 @@ def _eval_results(
 
 
 def _training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    workers = metrics["world_size"] * metrics["virtual_workers"]
     rows = {
         "base optimizer": metrics["optimizer"],
         "peak learning rate": metrics["peak_learning_rate"],
         "steps": metrics["steps"],
         "epochs": metrics["epochs"],
-        "workers": f"{workers} ({metrics['world_size']} processes × {metrics['virtual_workers']} virtual workers)",
-        "global batch": metrics["global_batch"],
+        "workers": worker_words(metrics),
+        "global batch": _batch_words(metrics),
         "seconds a step": metrics["seconds_per_step"],
         "tokens a second": metrics["tokens_per_second"],
         "seconds of training": metrics["train_seconds"],
@@ -140,8 +149,9 @@ def _loading(model: PreTrainedModel) -> str:
     return "\n".join(lines)
 
 
-def _spoken(name: str) -> str:
-    return name.replace("_", " ")
+def _fact_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    # A bar would end the cell.
+    return [(name.replace("_", " "), _number(value).replace("|", "\\|")) for name, value in facts.items()]
 
 
 def _number(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_extrap.results import RunFolder
 
@@ -75,3 +75,27 @@ class RunRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.replicas_identical &= replicas_agree(kwargs["model"])
+
+
+class ConciseProgress(ProgressCallback):
+    """The stock progress bar, with the latest loss at its end and one short line for each evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, lr {logs.get('learning_rate', 0):.3g}")
+        elif f"eval_{self.metric}" in logs:
+            value, loss = logs[f"eval_{self.metric}"], logs.get("eval_loss", float("nan"))
+            self.training_bar.write(f"step {state.global_step}: validation {self.metric} {value:.4g}, loss {loss:.4g}")

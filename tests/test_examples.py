@@ -1,0 +1,83 @@
+"""Every example runs, teaches its model something, and stays short."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+Launch = Callable[..., str]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(found) for found in re.findall(r"\d+\.\d+", text)]
+
+
+@pytest.fixture
+def run_here(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[float]]:
+    """Runs an example in this process, which has the libraries already; the numbers in its last line."""
+
+    def run(name: str, *words: str) -> list[float]:
+        monkeypatch.setattr("sys.argv", [name, *words])
+        runpy.run_path(str(repository / "examples" / name), run_name="__main__")
+        return numbers(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_the_plain_loop(run_here: Callable[..., list[float]]) -> None:
+    first, last = run_here("plain_loop.py", "--steps", "30")
+    # The first loss is that of guessing among 256 bytes.
+    assert 5 < first < 6 and last < first - 1
+
+
+@pytest.mark.distributed
+def test_the_plain_loop_in_two_processes(launch: Launch) -> None:
+    first, last = numbers(launch("examples/plain_loop.py", "--steps", "30", processes=2))
+    assert 5 < first < 6 and last < first - 1
+
+
+def test_the_trainer_script(run_here: Callable[..., list[float]]) -> None:
+    before, after = run_here("trainer_script.py", "--max_steps", "10")
+    assert 200 < before < 300 and after < before / 2
+
+
+def test_trl(run_here: Callable[..., list[float]]) -> None:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("needs trl, which the extra `test` installs")
+    first, last = run_here("trl_sft.py", "--max_steps", "10")
+    assert last < first - 0.2
+
+
+def test_they_are_under_a_hundred_lines(repository: Path) -> None:
+    for path in (repository / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 100, path.name
+
+
+@pytest.mark.parametrize("name", ["single_cpu", "two_process_cpu", "multi_gpu"])
+def test_accelerate_configurations_are_what_they_are_called(repository: Path, name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = repository / "configs" / "accelerate" / f"{name}.yaml"
+    load_config_from_file(str(path))
+    fields = yaml.safe_load(path.read_text())
+    assert fields["use_cpu"] == name.endswith("cpu")
+    assert fields["num_processes"] == (1 if name == "single_cpu" else 2)
+
+
+@pytest.mark.distributed
+def test_accelerate_launch_starts_two_processes(launch: Launch, tiny_translation: Path, tmp_path: Path) -> None:
+    words = ("train", tiny_translation, "--extrap", "extrap-past", "--output_dir", tmp_path / "run")
+    config = ("--config_file", "configs/accelerate/two_process_cpu.yaml", "--main_process_port", "0")
+    launch("-m", "accelerate.commands.launch", *config, "-m", "hf_extrap", *words)
+    from hf_extrap.results import RunFolder
+
+    metrics = RunFolder(tmp_path / "run").read_metrics()
+    assert (metrics["world_size"], metrics["ranks_identical"], metrics["preset"]) == (2, True, "extrap-past")
