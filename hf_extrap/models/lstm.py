@@ -237,8 +237,8 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
             if labels.shape != shape or shape[1] < 2:
                 raise ValueError(
-                    f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}: they must be equal, with at "
-                    "least two positions."
+                    f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}: they must be "
+                    "equal, with at least two positions."
                 )
             input_ids = None if input_ids is None else input_ids[:, :-1]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :-1]
