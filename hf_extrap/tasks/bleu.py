@@ -87,7 +87,7 @@ class TranslationMetrics:
         Args:
             prediction: `predictions` and `label_ids` of shapes (rows, tokens), padded with -100 or the pad token.
         """
-        predictions, references = self.texts(prediction.predictions, prediction.label_ids)
+        predictions, references = self.texts(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))
         result = self.bleu.compute(predictions=predictions, references=references)
         return {
             "bleu": result["score"],
@@ -98,12 +98,12 @@ class TranslationMetrics:
     def texts(self, predictions: np.ndarray, label_ids: np.ndarray) -> tuple[list[str], list[str]]:
         """Decode predictions and references, leaving out fillers; both lists are aligned."""
         pad = self.tokenizer.pad_token_id
-        labels = [tuple(int(token) for token in row if token not in (-100, pad)) for row in np.asarray(label_ids)]
-        rows = np.where(np.asarray(predictions) < 0, pad, predictions)
-        kept = [(row, label) for row, label in zip(rows, labels, strict=True) if label]
-        decoded = self.tokenizer.batch_decode([row for row, _ in kept], skip_special_tokens=True)
+        rows = np.where(predictions < 0, pad, predictions)
+        labels = [[int(token) for token in row if token not in (-100, pad)] for row in label_ids]
+        kept = [index for index, tokens in enumerate(labels) if tokens]
+        decoded = self.tokenizer.batch_decode(rows[kept], skip_special_tokens=True)
+        references = self.tokenizer.batch_decode([labels[index] for index in kept], skip_special_tokens=True)
         references = [
-            self.references.get(label, None) or self.tokenizer.decode(label, skip_special_tokens=True)
-            for _, label in kept
+            self.references.get(tuple(labels[index]), text) for index, text in zip(kept, references, strict=True)
         ]
         return [text.strip() for text in decoded], [text.strip() for text in references]

@@ -1,10 +1,11 @@
-"""English-German sentence pairs made from Babel's locale data (CLDR): a small corpus that needs no download."""
+"""Sentence pairs: those of a corpus in one form, and English-German ones made from Babel's locale data (CLDR)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Literal
 
 import datasets
 from babel import Locale
@@ -13,6 +14,8 @@ from babel.lists import format_list
 from babel.numbers import format_compact_decimal, format_currency, format_decimal, format_percent
 from babel.units import format_unit
 
+from hf_extrap.tasks.base import DataArguments, load_splits
+
 LOCALES = {"en": Locale("en", "US"), "de": Locale("de", "DE")}
 _UNITS = (
     "length-meter length-kilometer length-centimeter length-mile mass-kilogram mass-gram mass-tonne "
@@ -20,8 +23,48 @@ _UNITS = (
     "duration-year temperature-celsius speed-kilometer-per-hour area-square-meter energy-kilowatt-hour power-watt"
 ).split()
 _CURRENCIES = "EUR USD GBP CHF JPY SEK NOK DKK PLN CZK CAD AUD INR CNY BRL MXN ZAR TRY".split()
-#: Draws the content of a sentence and returns what writes it in one locale.
+#: Unit of a span of time and its length in seconds; months and years are mean ones.
+_SPANS: tuple[tuple[Literal["minute", "hour", "day", "week", "month", "year"], int], ...] = (
+    ("minute", 60),
+    ("hour", 3600),
+    ("day", 86400),
+    ("week", 604800),
+    ("month", 2629800),
+    ("year", 31557600),
+)
+#: Writes one content in a locale.
 _Writer = Callable[[Locale], str]
+
+
+def sentence_pairs(arguments: DataArguments, source_lang: str, target_lang: str) -> datasets.DatasetDict:
+    """Load the splits with the columns `source` and `target`, whatever form the data has.
+
+    Rows are `{"translation": {"en": …, "de": …}}`, or have one column a language, as in `bentrevett/multi30k`. Space
+    around a sentence is removed.
+
+    Raises:
+        FileNotFoundError: If the folder, a file or the dataset is missing.
+        ValueError: If a split is empty, corrupt or lacks a language, or a sentence is not text.
+    """
+    languages = (source_lang, target_lang)
+    splits = load_splits(arguments, columns=(), builtin=lambda: builtin_pairs(*languages))
+    return datasets.DatasetDict({name: _normalised(split, name, languages) for name, split in splits.items()})
+
+
+def _normalised(split: datasets.Dataset, name: str, languages: tuple[str, str]) -> datasets.Dataset:
+    nested = "translation" in split.column_names
+    rows = split["translation"] if nested else split
+    available = sorted(rows[0]) if nested and isinstance(rows[0], dict) else split.column_names
+    missing = [language for language in languages if language not in available]
+    if missing:
+        raise ValueError(f"split {name!r} has no sentences in {missing[0]!r}: it has {', '.join(available)}.")
+    columns: dict[str, list[str]] = {"source": [], "target": []}
+    for number, row in enumerate(rows):
+        for column, language in zip(columns, languages, strict=True):
+            if not isinstance(row[language], str):
+                raise ValueError(f"row {number} of split {name!r} has no text in {language!r}: {row[language]!r:.80}.")
+            columns[column].append(row[language].strip())
+    return datasets.Dataset.from_dict(columns)
 
 
 def builtin_pairs(
@@ -93,9 +136,7 @@ def _date_and_time(generator: random.Random) -> _Writer:
 
 def _weekday_and_time(generator: random.Random) -> _Writer:
     moment = _moment(generator)
-    return lambda locale: (
-        f"{format_date(moment, 'EEEE', locale=locale)}, {format_time(moment, 'short', locale=locale)}"
-    )
+    return lambda locale: f"{format_date(moment, 'EEEE', locale=locale)}, {format_time(moment, 'short', locale=locale)}"
 
 
 def _number(generator: random.Random) -> _Writer:
@@ -118,8 +159,7 @@ def _money(generator: random.Random) -> _Writer:
 
 
 def _span(generator: random.Random) -> _Writer:
-    unit = generator.choice(("minute", "hour", "day", "week", "month", "year"))
-    seconds = {"minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 2629800, "year": 31557600}[unit]
+    unit, seconds = generator.choice(_SPANS)
     span = timedelta(seconds=seconds * generator.randint(1, 400) * generator.choice((-1, 1)))
     return lambda locale: format_timedelta(span, granularity=unit, threshold=1e9, add_direction=True, locale=locale)
 

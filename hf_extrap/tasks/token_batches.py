@@ -96,6 +96,9 @@ class FullBatches(Dataset):
         examples: Rows with `input_ids`, `attention_mask` and `labels`; labels must not be empty.
         batch_size: Examples in a batch of one process.
         world_size: Number of processes.
+
+    Raises:
+        ValueError: If there are too few examples for each batch to have one: the loss of a batch without is undefined.
     """
 
     def __init__(self, examples: Sequence[Mapping[str, Any]], batch_size: int, world_size: int) -> None:
@@ -105,21 +108,21 @@ class FullBatches(Dataset):
             raise ValueError("evaluation needs at least one example, and labels that are not empty.")
         rows = [rows[i] for i in np.lexsort((targets, sources))]
         batches = -(-len(rows) // (batch_size * world_size)) * world_size
-        self.number_of_examples = len(rows)
+        if len(rows) < batches:
+            raise ValueError(
+                f"{len(rows)} evaluation examples are too few for {batches} batches, the same number for each of "
+                f"{world_size} processes: give more, or a larger per_device_eval_batch_size."
+            )
         self.items: list[Example] = []
         for chunk in np.array_split(np.arange(len(rows)), batches):
-            batch = [rows[i] for i in chunk] or [_filler(self.items[-1])]
-            self.items += batch + [_filler(batch[-1])] * (batch_size - len(batch))
+            batch = [rows[i] for i in chunk]
+            self.items += batch + [{**batch[-1], "labels": []}] * (batch_size - len(batch))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Example:
         return self.items[index]
-
-
-def _filler(example: Example) -> Example:
-    return {**example, "labels": []}
 
 
 class UnwrappingCollator:

@@ -21,9 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_extrap.tasks.base import DataArguments, PreparedTask, cached_folder, content_fingerprint, load_splits
+from hf_extrap.tasks.base import DataArguments, PreparedTask, cached_folder, content_fingerprint
 from hf_extrap.tasks.bleu import TranslationMetrics, bleu_signature
-from hf_extrap.tasks.pairs import builtin_pairs
+from hf_extrap.tasks.pairs import sentence_pairs
 from hf_extrap.tasks.subwords import train_bpe
 from hf_extrap.tasks.token_batches import FullBatches, TokenBatches, UnwrappingCollator
 
@@ -60,6 +60,10 @@ class TranslationArguments(DataArguments):
     dropout: float = field(default=0.1, metadata={"help": "Dropout of the model made here."})
     attention_dropout: float = field(default=0.0, metadata={"help": "Dropout of the attention weights."})
     activation_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the feed-forward layers."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention kernel of the model, such as eager or sdpa; default: its own choice."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +122,7 @@ class TranslationTask:
                 "must be 1, as one item is a whole batch; set `batch_tokens` for its size."
             )
         with training_arguments.main_process_first(desc="translation data"):
-            splits = sentence_pairs(arguments)
+            splits = sentence_pairs(arguments, arguments.source_lang, arguments.target_lang)
             tokenizer, encoded, counts = encode(splits, arguments)
         model = build_model(arguments, tokenizer)
         longest = max(len(labels) for name in ("validation", "test") for labels in encoded[name]["labels"])
@@ -162,38 +166,6 @@ class TranslationTask:
                 "sacrebleu_signature": bleu_signature(),
             },
         )
-
-
-def sentence_pairs(arguments: TranslationArguments) -> datasets.DatasetDict:
-    """Load the splits with the columns `source` and `target`, whatever form the data has.
-
-    Rows are `{"translation": {"en": …, "de": …}}`, or have one column a language. Space around a sentence is removed.
-
-    Raises:
-        FileNotFoundError: If the folder, a file or the dataset is missing.
-        ValueError: If a split is empty, corrupt or lacks a language, or a sentence is not text.
-    """
-    splits = load_splits(
-        arguments, columns=(), builtin=lambda: builtin_pairs(arguments.source_lang, arguments.target_lang)
-    )
-    return datasets.DatasetDict({name: _normalised(split, name, arguments) for name, split in splits.items()})
-
-
-def _normalised(split: datasets.Dataset, name: str, arguments: TranslationArguments) -> datasets.Dataset:
-    languages = (arguments.source_lang, arguments.target_lang)
-    nested = "translation" in split.column_names
-    rows = split["translation"] if nested else split
-    available = sorted(rows[0]) if nested and isinstance(rows[0], dict) else split.column_names
-    missing = [language for language in languages if language not in available]
-    if missing:
-        raise ValueError(f"split {name!r} has no sentences in {missing[0]!r}: it has {', '.join(available)}.")
-    columns: dict[str, list[str]] = {"source": [], "target": []}
-    for number, row in enumerate(rows):
-        for column, language in zip(columns, languages, strict=True):
-            if not isinstance(row[language], str):
-                raise ValueError(f"row {number} of split {name!r} has no text in {language!r}: {row[language]!r:.80}.")
-            columns[column].append(row[language].strip())
-    return datasets.Dataset.from_dict(columns)
 
 
 def encode(
@@ -264,9 +236,7 @@ def inexact_references(
 ) -> dict[tuple[int, ...], str]:
     """Return the references that decoding their labels does not give back exactly, by their labels."""
     decoded = tokenizer.batch_decode(list(labels), skip_special_tokens=True)
-    return {
-        tuple(ids): text for text, ids, again in zip(texts, labels, decoded, strict=True) if text != again.strip()
-    }
+    return {tuple(ids): text for text, ids, again in zip(texts, labels, decoded, strict=True) if text != again.strip()}
 
 
 def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -309,6 +279,8 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
                 decoder_start_token_id=tokenizer.bos_token_id,
             )
         )
+    if arguments.attn_implementation is not None:
+        model.set_attn_implementation(arguments.attn_implementation)
     # The forward pass takes **kwargs but ignores num_items_in_batch: the Trainer must divide by the accumulation.
     model.accepts_loss_kwargs = False
     model.generation_config.update(
