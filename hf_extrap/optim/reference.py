@@ -120,7 +120,7 @@ def extrapolate(
         optimizer.step()
         step = _each(torch.sub, run.x[-1], _copy(x))  # x_t − x_{t+1}
         if config.direction == "past_update":
-            past = [_each(torch.div, step, lr)] * K
+            past = [_each(lambda v, r: v / r if r > 0 else 0 * v, step, lr)] * K
         else:
             past = [_filled(v, x) for v in (g if config.scope == "local" else [consumed] * K)]
         last_step = _norm(step)

@@ -1,0 +1,381 @@
+"""The move and what surrounds it: train, eval, step; groups and parameters that come, go, freeze and lack gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from plain_loop import (
+    BASES,
+    CELLS,
+    assert_same_run,
+    distance,
+    identical,
+    make_batch,
+    make_model,
+    run_plain_loop,
+    sgd,
+    values,
+)
+from torch import Tensor, nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import extrapolate
+
+PRESETS = [
+    "extrap",
+    "extrap-past",
+    "extragradient",
+    "optimistic",
+    "past-update",
+    "gaussian",
+    "smoothout",
+    "sam",
+    "asam",
+]
+
+
+def warm(preset: str, *, workers: int = 1, **fields: object) -> tuple[nn.Module, Extrapolated, ExtrapConfig]:
+    """A model and its optimizer after three steps."""
+    model, config = make_model(), ExtrapConfig.preset(preset, **fields)
+    optimizer = Extrapolated(sgd(list(model.parameters())), config, virtual_workers=workers)
+    run_plain_loop(model, optimizer, config, range(workers), steps=3)
+    return model, optimizer, config
+
+
+def backward(model: nn.Module, step: int, worker: int = 0) -> float:
+    inputs, labels = make_batch(step, worker)
+    loss = nn.functional.cross_entropy(model(inputs), labels)
+    loss.backward()
+    return float(loss.detach())
+
+
+def probe_if_wanted(model: nn.Module, optimizer: Extrapolated, step: int) -> None:
+    if optimizer.wants_probe:
+        with optimizer.probing():
+            backward(model, step)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_train_is_idempotent_and_finds_y_again(preset: str) -> None:
+    model, optimizer, _ = warm(preset)
+    params = list(model.parameters())
+    x = values(params)
+    probe_if_wanted(model, optimizer, 3)
+    optimizer.train()
+    y = values(params)
+    assert distance(x, y) > 1e-4
+    optimizer.train()
+    assert identical(params, y)
+    optimizer.eval()
+    assert identical(params, x)
+    optimizer.eval()
+    assert identical(params, x)
+    optimizer.train()
+    assert identical(params, y)
+
+
+@pytest.mark.parametrize("preset", ["extrap-past", "gaussian"])
+def test_workers_can_be_visited_in_any_order(preset: str) -> None:
+    model, optimizer, _ = warm(preset, workers=3)
+    params, ys = list(model.parameters()), {}
+    for k in (2, 0, 1):
+        optimizer.train(worker=k)
+        ys[k] = values(params)
+    assert min(distance(ys[0], ys[1]), distance(ys[1], ys[2]), distance(ys[0], ys[2])) > 1e-4
+    for k in (0, 1, 2, 1):
+        optimizer.train(worker=k)
+        assert identical(params, ys[k])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_order_of_the_workers_does_not_matter(preset: str) -> None:
+    ends = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        model, config = make_model(), ExtrapConfig.preset(preset)
+        optimizer = Extrapolated(sgd(list(model.parameters())), config, virtual_workers=3)
+        for t in range(4):
+            if config.scope == "global" and optimizer.wants_probe:
+                with optimizer.probing():
+                    for k in order:
+                        (nn.functional.cross_entropy(model(make_batch(t, k)[0]), make_batch(t, k)[1]) / 3).backward()
+            for k in order:
+                inputs, labels = make_batch(t, k)
+                if config.scope == "local" and optimizer.wants_probe:
+                    with optimizer.probing(worker=k):
+                        (nn.functional.cross_entropy(model(inputs), labels) / 3).backward()
+                optimizer.train(worker=k)
+                (nn.functional.cross_entropy(model(inputs), labels) / 3).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(values(list(model.parameters())))
+    assert distance(*ends) < 1e-12
+
+
+def test_probing_leaves_gradients_as_they_were() -> None:
+    model, optimizer, _ = warm("extrap", workers=2)
+    params = list(model.parameters())
+    with optimizer.probing(worker=0):
+        backward(model, 3)
+    assert all(p.grad is None for p in params)
+    optimizer.train(worker=0)
+    backward(model, 3)
+    grads = [p.grad.clone() for p in params]
+    with optimizer.probing(worker=1):
+        backward(model, 3, 1)
+    assert identical([p.grad for p in params], grads)
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "wanted"),
+    [
+        ("none", {}, []),
+        ("extrap", {}, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("sam", {"start_step": 2, "end_step": 5}, [2, 3, 4]),
+        ("extrap-past", {}, []),
+        ("extrap-past", {"step_size": "auto", "probe_every": 3}, [0, 3, 6]),
+        ("optimistic", {"step_size": "auto", "probe_every": 4, "start_step": 2}, [4]),
+        ("gaussian", {}, []),
+    ],
+)
+def test_a_probe_is_wanted_when_it_is_due(preset: str, fields: dict[str, object], wanted: list[int]) -> None:
+    model, config = make_model(), ExtrapConfig.preset(preset, **fields)
+    optimizer = Extrapolated(sgd(list(model.parameters())), config)
+    due = []
+    for t in range(8):
+        due += [t] * optimizer.wants_probe
+        run_plain_loop(model, optimizer, config, [0], first=t, steps=1)
+        assert optimizer.step_count == t + 1
+    assert due == wanted
+
+
+def test_a_missing_probe_is_an_error() -> None:
+    """Rather than a step that silently does not extrapolate."""
+    model = make_model()
+    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extrap"))
+    with pytest.raises(RuntimeError, match="probing"):
+        optimizer.train()
+
+
+@pytest.mark.parametrize("call", [lambda o, k: o.train(worker=k), lambda o, k: o.probing(worker=k).__enter__()])
+@pytest.mark.parametrize("worker", [-1, 3])
+def test_workers_are_bounded(worker: int, call: object) -> None:
+    optimizer = Extrapolated(sgd(list(make_model().parameters())), ExtrapConfig.preset("extrap"), virtual_workers=3)
+    with pytest.raises(ValueError, match=rf"{worker}.*0 to 2"):
+        call(optimizer, worker)  # type: ignore[operator]
+
+
+def test_there_is_at_least_one_worker() -> None:
+    with pytest.raises(ValueError, match="virtual_workers is 0"):
+        Extrapolated(sgd(list(make_model().parameters())), ExtrapConfig.preset("extrap"), virtual_workers=0)
+
+
+@pytest.mark.parametrize("base", [None, "sgd", object()])
+def test_the_base_is_an_optimizer(base: object) -> None:
+    with pytest.raises(TypeError, match="base"):
+        Extrapolated(base, ExtrapConfig.preset("extrap"))  # type: ignore[arg-type]
+
+
+def test_it_is_an_optimizer_with_the_face_of_its_base() -> None:
+    model = make_model()
+    base = sgd(list(model.parameters()))
+    optimizer = Extrapolated(base, ExtrapConfig.preset("extrap-past"))
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is base.param_groups
+    assert optimizer.state is base.state
+    assert optimizer.defaults is base.defaults
+    run_plain_loop(model, optimizer, optimizer.config, [0], steps=2)
+    assert set(optimizer.state_dict()) == {"state", "param_groups", "extrap"}
+    assert optimizer.state_dict()["param_groups"] == base.state_dict()["param_groups"]
+    assert len(optimizer.state) == 4 and "SGD" in repr(optimizer)
+
+
+def test_step_hooks_run_once() -> None:
+    model, optimizer, _ = warm("extrap-past")
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.train()
+    backward(model, 3)
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
+class TwoHeads(nn.Module):
+    """A body and two heads, of which a batch uses one: the other gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.heads = nn.Linear(5, 4), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+        self.double()
+
+    def forward(self, inputs: Tensor, head: int) -> Tensor:
+        return self.heads[head](torch.tanh(self.body(inputs)))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", [n for n in CELLS if not n.endswith(("independent", "clipped"))])
+def test_parameters_without_a_gradient(name: str, workers: int, base: str) -> None:
+    """Worker k uses head (t // 2 + k) mod 2; the other has no direction of this worker, and no step if all agree."""
+    model, config = TwoHeads(), CELLS[name].config
+    names = [n for n, _ in model.named_parameters()]
+    K = workers
+
+    def loss(outputs: Tensor, step: int, k: int) -> Tensor:
+        return nn.functional.cross_entropy(outputs, make_batch(step, k)[1])
+
+    def loss_of(k: int) -> object:
+        twin = copy.deepcopy(model)
+
+        def f(point: list[Tensor], t: int, probe: bool) -> Tensor:
+            arguments = (make_batch(t, k)[0], (t // 2 + k) % 2)
+            return loss(torch.func.functional_call(twin, dict(zip(names, point, strict=True)), arguments), t, k)
+
+        return f
+
+    textbook = extrapolate(list(model.parameters()), [loss_of(k) for k in range(K)], BASES[base], config, 7)  # type: ignore[misc]
+    optimizer = Extrapolated(BASES[base](list(model.parameters())), config, virtual_workers=K)
+    for t in range(7):
+        if config.scope == "global" and optimizer.wants_probe:
+            with optimizer.probing():
+                for k in range(K):
+                    (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
+        for k in range(K):
+            if config.scope == "local" and optimizer.wants_probe:
+                with optimizer.probing(worker=k):
+                    (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
+            optimizer.train(worker=k)
+            assert distance(list(model.parameters()), textbook.y[t][k]) < 1e-11, f"y of worker {k} at step {t}"
+            (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert distance(list(model.parameters()), textbook.x[t + 1]) < 1e-11, f"x after step {t}"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_frozen_parameters_stay_and_unfrozen_ones_join(preset: str) -> None:
+    model, config = make_model(), ExtrapConfig.preset(preset)
+    frozen = list(model[0].parameters())
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizer = Extrapolated(sgd(list(model.parameters())), config)
+    before = values(frozen)
+    run = run_plain_loop(model, optimizer, config, [0], steps=4)
+    assert identical(frozen, before)
+    assert all(identical(y[:2], before) for ys in run.y for y in ys)
+    assert distance(run.x[3][2:], run.y[3][0][2:]) > 1e-4
+    for p in frozen:
+        p.requires_grad_(True)
+    run = run_plain_loop(model, optimizer, config, [0], first=4, steps=3)
+    assert min(distance(run.x[2][:2], run.y[2][0][:2]), distance(run.x[2][2:], run.y[2][0][2:])) > 1e-4
+    assert distance(run.x[0][:2], run.x[3][:2]) > 1e-3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_group_added_later_joins(preset: str) -> None:
+    """From its first step on with a past direction, at once with the others; ever after as if it had been there."""
+    model, config = make_model(), ExtrapConfig.preset(preset)
+    first, last = list(model[0].parameters()), list(model[2].parameters())
+    optimizer = Extrapolated(torch.optim.SGD(first, lr=0.1, momentum=0.9), config)
+    run_plain_loop(model, optimizer, config, [0], steps=3)
+    optimizer.add_param_group({"params": last, "lr": 0.05})
+    assert len(optimizer.param_groups) == 2
+    before = values(last)
+    run = run_plain_loop(model, optimizer, config, [0], first=3, steps=3)
+    assert distance(before, last) > 1e-3
+    assert (distance(run.x[0][2:], run.y[0][0][2:]) == 0) == (preset in ("extrap-past", "optimistic", "past-update"))
+    assert min(distance(run.x[t][part], run.y[t][0][part]) for t in (1, 2) for part in (slice(2), slice(2, 4))) > 1e-4
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert identical(list(model.parameters()), run.x[-1])
+
+
+def test_groups_look_as_far_as_their_own_learning_rates() -> None:
+    """With η = ratio · lr of each group: y = x − 0.5 · 0.3 g in the first, and a third of it in the second."""
+    model = make_model()
+    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extrap", step_ratio=0.5))
+    params = list(model.parameters())
+    x = values(params)
+    g = torch.autograd.grad(nn.functional.cross_entropy(model(make_batch(0, 0)[0]), make_batch(0, 0)[1]), params)
+    probe_if_wanted(model, optimizer, 0)
+    optimizer.train()
+    expected = [p - eta * v for p, v, eta in zip(x, g, [0.15, 0.15, 0.05, 0.05], strict=True)]
+    assert distance(params, expected) < 1e-14
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
+)
+def test_copies_go_on_alike_and_apart(duplicate: object, preset: str) -> None:
+    """A copy of model and optimizer together trains on as the original does, bit for bit, and touches nothing of it."""
+    model, optimizer, config = warm(preset, workers=2)
+    twin, twin_optimizer = duplicate((model, optimizer))  # type: ignore[operator]
+    assert twin_optimizer.param_groups[0]["params"][0] is next(twin.parameters())
+    x = values(list(model.parameters()))
+    twin_run = run_plain_loop(twin, twin_optimizer, config, [0, 1], first=3, steps=3)
+    assert identical(list(model.parameters()), x)
+    run = run_plain_loop(model, optimizer, config, [0, 1], first=3, steps=3)
+    assert_same_run(twin_run, run, 0.0)
+    assert distance(run.x[0], run.x[-1]) > 1e-3
+
+
+def test_a_parameter_that_the_last_step_did_not_use_has_no_direction() -> None:
+    """It had one in the step before."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = Extrapolated(torch.optim.SGD([a, b], lr=0.1), ExtrapConfig.preset("extrap-past", step_size=1.0))
+    for used in ([a, b], [a]):
+        optimizer.train()
+        sum(p.sum() for p in used).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x = values([a, b])
+    optimizer.train()
+    assert torch.allclose(x[0] - a.detach(), torch.ones(2))
+    assert torch.equal(x[1], b.detach())
+
+
+@pytest.mark.parametrize("by_backward", [False, True], ids=["autograd.grad", "backward"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_gradient_that_somebody_takes_between_steps_is_not_a_step(preset: str, by_backward: bool) -> None:
+    """A diagnostic, say of sharpness: nothing is skipped, and no direction is lost or changed."""
+    model, optimizer, config = warm(preset)
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    loss = nn.functional.cross_entropy(model(make_batch(50, 0)[0]), make_batch(50, 0)[1])
+    if by_backward:
+        loss.backward()
+        model.zero_grad()
+    else:
+        torch.autograd.grad(loss, list(model.parameters()))
+    run = run_plain_loop(model, optimizer, config, [0], first=3, steps=2)
+    assert optimizer.skipped_steps == 0
+    assert_same_run(run, run_plain_loop(twin, twin_optimizer, config, [0], first=3, steps=2), 0.0)
+
+
+def test_statistics_are_what_they_say() -> None:
+    model, config = make_model(), ExtrapConfig.preset("extrap", step_size=0.3, anneal=False)
+    optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), config, virtual_workers=2)
+    optimizer.collect_statistics = True
+    params = list(model.parameters())
+    x = values(params)
+
+    def gradient(k: int) -> Tensor:
+        loss = nn.functional.cross_entropy(model(make_batch(0, k)[0]), make_batch(0, k)[1])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+
+    d = [gradient(k) for k in range(2)]
+    run = run_plain_loop(model, optimizer, config, [0, 1], steps=1)
+    g = torch.cat([(a - b).flatten() for a, b in zip(x, run.x[1], strict=True)]) / 0.1
+    statistics = optimizer.statistics
+    moves = [math.sqrt(sum(float(((p - q) ** 2).sum()) for p, q in zip(x, y, strict=True))) for y in run.y[0]]
+    assert statistics["displacement_norm"] == pytest.approx(sum(moves) / 2, rel=1e-6)
+    assert statistics["displacement_norm"] == pytest.approx(0.3 * float(d[0].norm() + d[1].norm()) / 2, rel=1e-6)
+    assert statistics["step_size"] == pytest.approx(0.3, rel=1e-6)
+    cosines = [float(torch.dot(v, g) / v.norm() / g.norm()) for v in d]
+    assert statistics["direction_cosine"] == pytest.approx(sum(cosines) / 2, rel=1e-5)
