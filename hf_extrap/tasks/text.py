@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 
 import datasets
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,8 +51,12 @@ def builtin_text() -> datasets.DatasetDict:
     )
 
 
-def word_level_tokenizer(splits: Mapping[str, Iterable[dict[str, str]]], vocab_size: int | None = None) -> Tokenizer:
-    """Build the tokenizer whose vocabulary is every word between spaces, in all splits, and `<eos>`.
+def word_level_tokenizer(
+    splits: Mapping[str, Iterable[dict[str, str]]], vocab_size: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Build the tokenizer whose vocabulary is every word between spaces, in all splits, `<unk>` and `<eos>`.
+
+    It pads on the left, for generation, with `<eos>`: the attention mask tells padding apart.
 
     Args:
         splits: Rows with a column `text`; all splits count, as in the published vocabulary of WikiText-2 (33,278).
@@ -69,7 +73,17 @@ def word_level_tokenizer(splits: Mapping[str, Iterable[dict[str, str]]], vocab_s
     types = [UNKNOWN, END, *ranked][:vocab_size]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(types)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return tokenizer
+    # Each word brings the space before it, so that texts decoded in pieces can be joined.
+    tokenizer.decoder = decoders.Replace(Regex("^"), " ")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        pad_token=END,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def token_streams(
@@ -85,7 +99,7 @@ def token_streams(
     Args:
         splits: Rows with a column `text`.
         cache_root: Where the ids and the tokenizer are kept, under a fingerprint of the rows and the settings.
-        tokenizer: Encodes the rows; by default a word-level one is built, which pads with `<eos>` (masked anyway).
+        tokenizer: Encodes the rows; by default a word-level one is built.
         vocab_size: Cap for the word-level vocabulary.
 
     Returns:
@@ -100,15 +114,7 @@ def token_streams(
     key = f"text-{content_fingerprint(splits, vocab_size, encoder)}"
 
     def build(folder: Path) -> None:
-        made = tokenizer or PreTrainedTokenizerFast(
-            tokenizer_object=word_level_tokenizer(splits, vocab_size),
-            unk_token=UNKNOWN,
-            eos_token=END,
-            pad_token=END,
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-            model_input_names=["input_ids", "attention_mask"],
-        )
+        made = tokenizer or word_level_tokenizer(splits, vocab_size)
         made.save_pretrained(folder / "tokenizer")
         for name, rows in splits.items():
             ids = np.fromiter(_encode(made, rows, name), dtype=np.int32)
