@@ -58,7 +58,7 @@ def main() -> None:
             logging_steps=5,
             save_strategy="no",
             bf16=False,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             use_cpu=not torch.accelerator.is_available(),
         )
         data = Dataset.from_dict({"text": texts})

@@ -173,6 +173,13 @@ def test_yaml_values_keep_their_types(write_config: WriteConfig) -> None:
     assert resolved.given["lr_milestones"] == [0.5, 0.75]
 
 
+def test_no_is_a_word_where_a_word_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "no.yaml"
+    path.write_text("task: translation\nsave_strategy: no\nbf16: no\ntf32: null\ndisable_tqdm: true\n")
+    found = resolve(path).training_arguments
+    assert (found.save_strategy, found.bf16, found.disable_tqdm) == ("no", False, True)
+
+
 def test_what_tunes_the_files_preset_does_not_tune_another(write_config: WriteConfig) -> None:
     fields = {"task": "translation", "extrap": "extrap", "extrap_step_ratio": 0.5, "extrap_virtual_workers": 2}
     path = write_config("tuned", fields)
