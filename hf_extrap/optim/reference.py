@@ -20,7 +20,7 @@ Gradient = list[Tensor | None]
 """A gradient: None for a parameter that the loss does not use."""
 
 Loss = Callable[[Point, int, bool], Tensor]
-"""f_k(point, t, probe): the mean loss of worker k's mini-batch ξ of step t, or of its probe's batch ξ'."""
+"""f_k(point, attempt, probe): the mean loss of worker k's mini-batch ξ, or of its probe's batch ξ'."""
 
 Noise = Callable[[int, int], Point]
 """(t, k) ↦ the i.i.d. noise of worker k at step t."""
@@ -69,7 +69,8 @@ def extrapolate(
     L: list[float | None] = [None] * K  # L̂_k
     last_step = inf  # ‖x_t − x_{t−1}‖
     run = Trajectory(x=[_copy(x)], curvature=L)
-    for t in range(steps):
+    for attempt in range(steps):
+        t = attempt - run.skipped
         active = config.is_active(t)
         lr = [float(group["lr"]) for group in group_of]
         peak = _each(lambda m, r, group: max(m, r, group.get("initial_lr", 0.0)), peak, lr, group_of)
@@ -77,7 +78,7 @@ def extrapolate(
 
         d = [_zeros(x)] * K
         if active and (config.is_fresh or probe):
-            d = _seen_by_workers([_gradient(f, x, t, True) for f in losses], config, x)
+            d = _seen_by_workers([_gradient(f, x, attempt, True) for f in losses], config, x)
         elif active and config.is_past and past is not None:
             d = past
         elif active and config.is_noise:
@@ -95,23 +96,24 @@ def extrapolate(
             sign = 1 if config.ascent else -1
             ys.append(_each(lambda p, v: p.detach() + sign * v, x, move))  # noqa: B023
             etas.append(eta)
-        g = _each(lambda f, y: _gradient(f, y, t, False), losses, ys)  # noqa: B023
-
-        if probe:
-            for k, g_at_y in enumerate(_seen_by_workers(g, config, x)):
-                moved = _norm(_each(torch.sub, ys[k], x))
-                if moved > 0:
-                    measured = _norm(_each(torch.sub, g_at_y, d[k])) / moved
-                    before = L[k]
-                    L[k] = measured if before is None else 0.9 * before + 0.1 * measured
+        g = _each(lambda f, y: _gradient(f, y, attempt, False), losses, ys)  # noqa: B023
 
         run.y.append(ys)
         run.step_sizes.append(etas)
         mean = _mean(g)
-        if active and not all(torch.isfinite(v).all() for v in mean if v is not None):
+        if config.is_active(config.start_step) and not all(torch.isfinite(v).all() for v in mean if v is not None):
             past, run.skipped = None, run.skipped + 1
             run.x.append(_copy(x))
             continue
+        if probe:
+            for k, g_at_y in enumerate(_seen_by_workers(g, config, x)):
+                moved = _norm(_each(torch.sub, ys[k], x))
+                change = _norm(_each(torch.sub, g_at_y, d[k]))
+                if moved > 0 and change > 0:
+                    measured = change / moved
+                    before = L[k]
+                    L[k] = measured if before is None else 0.9 * before + 0.1 * measured
+
         for p, v in zip(x, mean, strict=True):
             p.grad = v
         if max_grad_norm is not None:

@@ -53,9 +53,11 @@ class Job:
     stop_at: int | None = None  # save here, and go on with objects made anew
     poisoned: bool = False  # worker 1 finds a NaN in its batch of step 3
     ddp: tuple[tuple[str, Any], ...] = field(default=())
+    unaveraged: bool = False  # probes are told of the module, and leave out its averaging
 
     def __str__(self) -> str:
         extra = [f"{self.virtual_workers} virtual"] * (self.virtual_workers > 1)
+        extra += ["unaveraged"] * self.unaveraged
         extra += (
             ["resumed"] * (self.stop_at is not None) + ["poisoned"] * self.poisoned + [name for name, _ in self.ddp]
         )
@@ -86,6 +88,7 @@ JOBS_OF_TWO = [
     *(Job(cell, virtual_workers=2, poisoned=True) for cell in ("extrap-past", "optimistic")),
     *(Job(cell, virtual_workers=2, stop_at=4) for cell in ACCUMULATED),
     Job("extrap-past", stop_at=4),
+    *(Job(cell, unaveraged=True) for cell in ("extrap", "extrap-past-auto", "extragradient")),
 ]
 
 
@@ -111,6 +114,7 @@ def train(job: Job, rank: int, world_size: int, folder: Path) -> dict[str, Any]:
             scheduler=scheduler,
             max_grad_norm=job.scheme.max_grad_norm,
             batch=job.batch if job.poisoned else None,
+            probe_model=model if job.unaveraged else None,
         )
 
     model, optimizer, scheduler = make()

@@ -79,9 +79,11 @@ def test_after_its_end_it_is_the_base_again() -> None:
     assert identical(run.x[-1], list(bare_model.parameters()))
 
 
-def test_a_non_finite_gradient_reaches_the_base_as_it_would_alone() -> None:
+@pytest.mark.parametrize("name", [name for name in IDLE if name != "before its start"])
+def test_a_non_finite_gradient_reaches_the_base_as_it_would_alone(name: str) -> None:
     model = make_model()
-    optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), ExtrapConfig.preset("none"))
+    optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), IDLE[name])
+    assert not optimizer.wants_probe
     optimizer.train()
     (model(torch.full((1, 5), torch.inf, dtype=torch.float64)).sum()).backward()
     optimizer.step()

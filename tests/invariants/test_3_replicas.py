@@ -5,7 +5,6 @@ Two processes, and a cut through the schemes; tests/distributed goes through all
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest

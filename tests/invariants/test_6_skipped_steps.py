@@ -62,10 +62,23 @@ def test_a_non_finite_gradient_skips_the_step(preset: str, base: str) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("preset", PAST + ["extrap", "extragradient", "sam"])
-def test_skipping_as_in_the_textbook(preset: str) -> None:
-    """The reference skips too: the iterates after a skipped step are the same."""
-    config = ExtrapConfig.preset(preset)
+SKIPPING = {
+    **{preset: ExtrapConfig.preset(preset) for preset in [*PAST, "extrap", "extragradient", "sam"]},
+    "extrap-auto": ExtrapConfig.preset("extrap", step_size="auto"),
+    "extragradient-auto": ExtrapConfig.preset("extragradient", step_size="auto"),
+    "extrap-past-auto, at a probe": ExtrapConfig.preset("extrap-past", step_size="auto", probe_every=3),
+    "optimistic-auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=2),
+    "capped": ExtrapConfig.preset("extrap", step_ratio=2.0, max_displacement=0.3),
+    "before its start": ExtrapConfig.preset("extrap-past", start_step=5),
+    "after its end": ExtrapConfig.preset("extrap-past", end_step=2),
+    "at its end": ExtrapConfig.preset("extrap-past", end_step=4),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_skipping_as_in_the_textbook(name: str) -> None:
+    """The reference skips too: the iterates after a skipped step, which counts as none, are the same."""
+    config = SKIPPING[name]
     batch = poisoned(3, 1, torch.float64)
     model = make_model()
     names = [name for name, _ in model.named_parameters()]

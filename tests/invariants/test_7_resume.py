@@ -161,6 +161,17 @@ def test_shared_directions_survive_another_number_of_workers(tmp_path: Path, cap
     assert not caplog.records
 
 
+def test_a_checkpoint_of_another_model_is_refused() -> None:
+    """As many parameters, of other shapes."""
+    config = RESUMED["extrap-past"]
+    model = make_model(torch.float32)
+    optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), config)
+    run_plain_loop(model, optimizer, config, [0], steps=2)
+    other = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3))
+    with pytest.raises(ValueError, match="another model"):
+        Extrapolated(torch.optim.SGD(other.parameters(), lr=0.1), config).load_state_dict(optimizer.state_dict())
+
+
 def test_the_per_rank_part_travels_by_itself() -> None:
     """What one rank of several writes beside the optimizer's own file: directions, and with auto the curvature."""
     for name in ("extrap-past", "extrap-past-auto"):

@@ -125,6 +125,7 @@ def run_plain_loop(
     scheduler: LRScheduler | None = None,
     max_grad_norm: float | None = None,
     batch: Callable[[int, int, bool], tuple[Tensor, Tensor]] | None = None,
+    probe_model: nn.Module | None = None,
 ) -> Run:
     """Train as the documentation tells: the micro-batches of `workers` (numbered over all processes), then a step."""
     parameters = list(model.parameters())
@@ -138,7 +139,7 @@ def run_plain_loop(
 
     for step in range(first, first + steps):
         if config.scope == "global" and optimizer.wants_probe:
-            with optimizer.probing():
+            with optimizer.probing(model=probe_model):
                 for k in workers:
                     with _synchronizing(model, last=k == workers[-1]):
                         backward(step, k, probe=True)
@@ -146,7 +147,7 @@ def run_plain_loop(
         for v, k in enumerate(workers):
             with _synchronizing(model, last=k == workers[-1]):
                 if config.scope == "local" and optimizer.wants_probe:
-                    with optimizer.probing(worker=v):
+                    with optimizer.probing(worker=v, model=probe_model):
                         backward(step, k, probe=True)
                 optimizer.train(worker=v)
                 ys.append(values(parameters))
