@@ -150,7 +150,8 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
             attention_mask: (batch, length or more), 1 for a token, 0 for padding, which leaves the state as it is.
                 Only the last `length` columns are used.
             cache_params: State to go on from; zeros by default.
-            use_cache: Whether to return the state.
+            use_cache: False leaves out the state. `config.use_cache`, which the Trainer turns off for the memory that
+                attention caches take, does not count: this state costs nothing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
@@ -161,7 +162,7 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
             output, state = self.lstm(embedded, cache_params)
         else:
             output, state = self._read_masked(embedded, attention_mask, cache_params)
-        if not (self.config.use_cache if use_cache is None else use_cache):
+        if use_cache is False:
             state = None
         result = ExtrapLstmOutput(last_hidden_state=self.dropout(output), cache_params=state)
         return result.to_tuple() if return_dict is False else result
