@@ -1,0 +1,75 @@
+"""Run by torchrun: trains every cell with DistributedDataParallel; a process leaves rank_R.pt in the folder given."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from tiny_trainer import gpt2, marian, train, weights  # noqa: E402
+
+from hf_extrap import PRESETS  # noqa: E402
+
+COMMON: dict[str, Any] = {
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.5,
+    "sgd_momentum": 0.9,
+    "sgd_nesterov": True,
+}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+EQUIVALENT = [name for name in PRESETS if name not in ("gaussian", "smoothout")]
+
+
+class Warnings(logging.Handler):
+    """Keeps the warnings of the package."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def main(folder: Path, single_process_checkpoint: str) -> None:
+    warnings = Warnings()
+    logging.getLogger("hf_extrap").addHandler(warnings)
+    seen: dict[str, Any] = {}
+    for preset in EQUIVALENT:
+        for steps in (1, 2):
+            fields = {"extrap": preset, "extrap_virtual_workers": steps}
+            trainer = train(folder / "equivalent", **fields, **COMMON)
+            assert isinstance(trainer.model_wrapped, DistributedDataParallel) and trainer.args.world_size == 2
+            seen[f"{preset} {steps}"] = weights(trainer)
+            seen[f"{preset} {steps} logs"] = [row for row in trainer.state.log_history if "loss" in row]
+    stock = {"optim": "adamw_torch", "max_grad_norm": 0.5}
+    seen["stock"] = weights(train(folder / "stock", kind=Trainer, model=gpt2(dropout=0.1), **stock))
+    seen["none"] = weights(train(folder / "none", model=gpt2(dropout=0.1), **stock))
+    for extrap in ("none", "extrap-past"):
+        scale = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 1}
+        trainer = train(folder / "scale", model=marian(), extrap=extrap, **scale, train_sampling_strategy="sequential")
+        seen[f"gradient norm {extrap}"] = trainer.state.log_history[0]["grad_norm"]
+    warnings.texts.clear()
+    for preset in ("extrap-past", "smoothout"):
+        fields = {"extrap": preset, "extrap_virtual_workers": 2, **COMMON, **SAVING}
+        seen[f"{preset} whole"] = weights(train(folder / preset, model=gpt2(dropout=0.1), **fields))
+        checkpoint = str(folder / preset / "checkpoint-3")
+        resumed = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
+        seen[f"{preset} resumed"] = weights(resumed)
+    assert not warnings.texts, warnings.texts
+    grown = train(folder / "grown", extrap="extrap-past", resume=single_process_checkpoint, **COMMON, **SAVING)
+    seen["grown"], seen["grown steps"], seen["warnings"] = weights(grown), grown.state.global_step, warnings.texts
+    torch.save(seen, folder / f"rank_{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
