@@ -18,18 +18,16 @@ from hf_extrap.optim.extrapolated import Extrapolated
 
 from .arguments import ExtrapArguments
 from .carried_state import CarriedState
-from .checkpoints import check_checkpoint_matches
-from .diagnostics import GradientNoiseScale
-from .rank_state import load_rank_state, rank_file, save_rank_state
+from .reporting import EVALUATION, ReportingMixin
+from .resuming import ResumingMixin
 from .scaling import scaled_learning_rate_factor, step_decay
 
 logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
-EVALUATION = "evaluation"
 
 
-class ExtrapTrainerMixin:
+class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
     """Extrapolation for any Trainer: `class MyTrainer(ExtrapTrainerMixin, SomeTrainer)`.
 
     Its arguments need the fields of `ExtrapArguments`. Gradients are taken at y; whatever the loop does between its
@@ -58,14 +56,13 @@ class ExtrapTrainerMixin:
             # A worker's gradient is that of its own mean loss, so its units are known.
             self.model_accepts_loss_kwargs = False
         self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
-        self._noise_scale = GradientNoiseScale()
         self._carried = CarriedState()
         self._micro_batch = 0
         self._step_batches: list[Inputs] = []
+        self._step_states: dict[str, Tensor] = {}
         self._earlier_batches: list[Inputs] = []
-        self._last_pass: tuple[Inputs, Any] | None = None
-        self._is_probing = False
-        self._losses_side_by_side: dict[str, float] = {}
+        self._earlier_states: dict[str, Tensor] = {}
+        self._start_reporting()
 
     def _refuse_unsupported_engines(self) -> None:
         if not self._extrapolates:
@@ -140,12 +137,13 @@ class ExtrapTrainerMixin:
         if batches and not self._loss_kwargs_checked and num_items is not None:
             self._check_loss_kwargs(batches[0])
             num_items = num_items if self.model_accepts_loss_kwargs else None
-        self._earlier_batches = self._step_batches
+        self._earlier_batches, self._earlier_states = self._step_batches, self._step_states
         self._step_batches = batches
         self._micro_batch = 0
         if self.state.epoch is None or float(self.state.epoch).is_integer():
             # The streams of a new epoch begin at their beginning.
             self._carried.reset()
+        self._step_states = self._carried.tensors()
         if (optimizer := self.extrapolated) is not None:
             if optimizer.virtual_workers > 1 and batches:
                 optimizer.loss_scale = 1 / len(batches)
@@ -174,33 +172,26 @@ class ExtrapTrainerMixin:
         micro_batches = range(len(self._step_batches))
         if optimizer.virtual_workers > 1 and self._extrap_config.scope == "local":
             micro_batches = range(self._micro_batch, self._micro_batch + 1)
-        batches = self._step_batches
+        batches, states, current = self._step_batches, None, self._carried.tensors()
         if self._extrap_config.batch == "independent" and len(self._earlier_batches) >= len(batches):
-            batches = self._earlier_batches
+            batches, states = self._earlier_batches, self._earlier_states
         model.train()
-        states = self._carried.tensors()
         first = self._micro_batch
+        if states is not None:
+            self._carried.load(states, self.args.device)
         with optimizer.probing(worker=worker, model=model), self._probing():
             for index in micro_batches:
                 self._micro_batch = index
                 with self._averaging(model, last=index == micro_batches[-1]):
                     self._probe_pass(model, batches[index])
         self._micro_batch = first
-        assert states.keys() == self._carried.tensors().keys()
+        self._carried.load(current, self.args.device)
 
     def _probe_pass(self, model: nn.Module, inputs: Inputs) -> None:
         inputs = self._prepare_inputs(_first_rows(inputs, self._extrap_config.batch_fraction))
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
-
-    @contextmanager
-    def _probing(self) -> Iterator[None]:
-        self._is_probing = True
-        try:
-            yield
-        finally:
-            self._is_probing = False
 
     @contextmanager
     def _averaging(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -257,130 +248,6 @@ class ExtrapTrainerMixin:
                 type(model).__name__,
             )
             self.model_accepts_loss_kwargs = False
-
-    # Logs
-
-    def _logs_after_this_step(self) -> bool:
-        strategy = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy))
-        step = self.state.global_step + 1
-        if strategy == "steps":
-            return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
-        return strategy == "epoch"
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The stock log, with what the extrapolation did; a collective call while training."""
-        if "loss" in logs and self.extrapolated is not None:
-            logs.update(self._extrapolation_logs(self.extrapolated, logs["loss"]))
-        if self._losses_side_by_side and any(key.endswith("_loss") for key in logs):
-            prefix = next(key for key in logs if key.endswith("_loss")).removesuffix("_loss")
-            logs.update({f"{prefix}_extrap/{name}": value for name, value in self._losses_side_by_side.items()})
-            self._losses_side_by_side = {}
-        super().log(logs, start_time)
-
-    def _extrapolation_logs(self, optimizer: Extrapolated, loss: float) -> dict[str, float]:
-        names = ("displacement_norm", "step_size", "direction_cosine", "gradient_square", "pass_square", "passes")
-        seen = optimizer.statistics
-        local = torch.tensor([seen.get(name, 0.0) for name in names], dtype=torch.float64)
-        means = self.accelerator.reduce(local.to(torch.float32).to(self.args.device), "mean").tolist()
-        mean = dict(zip(names, means, strict=True))
-        logs = {f"extrap/{name}": mean[name] for name in ("displacement_norm", "step_size")}
-        if "direction_cosine" in seen:
-            logs["extrap/direction_cosine"] = mean["direction_cosine"]
-        logs["extrap/loss_at_y"] = loss
-        logs["extrap/skipped_steps"] = optimizer.skipped_steps
-        workers = round(mean["passes"]) * self.accelerator.num_processes
-        if workers >= 2 and math.isfinite(mean["pass_square"]):
-            small = self.args.train_batch_size * self.batch_size_unit
-            self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
-            logs["extrap/gradient_noise_scale"] = self._noise_scale.value
-        return logs
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The stock evaluation, at x; while training, the last batch's loss at x and at y is logged beside it."""
-        self._carried.put(EVALUATION, None)
-        if self.is_in_train and self._last_pass is not None and self.extrapolated is not None:
-            self._losses_side_by_side = self._losses_at_x_and_y(self.extrapolated, *self._last_pass)
-        return super().evaluate(*args, **kwargs)
-
-    def _losses_at_x_and_y(self, optimizer: Extrapolated, inputs: Inputs, state: Any) -> dict[str, float]:
-        """The loss of the last batch, without dropout, at x and at the y that the scheme would look from next."""
-        model, collect = self.model, optimizer.collect_statistics
-        was_training = model.training
-        optimizer.collect_statistics = False
-
-        def loss() -> Tensor:
-            self._carried.put(EVALUATION, state)
-            with self._probing(), self.compute_loss_context_manager():
-                return self.compute_loss(model, self._prepare_inputs(dict(inputs)))
-
-        model.eval()
-        try:
-            with torch.no_grad():
-                at_x = loss()
-            if optimizer.wants_probe:
-                with optimizer.probing(worker=0):
-                    self.accelerator.backward(loss())
-            optimizer.train(worker=0)
-            with torch.no_grad():
-                at_y = loss()
-        finally:
-            optimizer.rest()
-            optimizer.reset_step()
-            optimizer.collect_statistics = collect
-            model.train(was_training)
-            self._carried.put(EVALUATION, None)
-        means = self.accelerator.reduce(torch.stack([at_x.detach().float(), at_y.detach().float()]), "mean").tolist()
-        return {"loss_at_x": means[0], "loss_at_y": means[1]}
-
-    # Checkpoints
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if (optimizer := self.extrapolated) is None:
-            return
-        local = optimizer.local_state_dict()
-        # With one process the directions travel in the optimizer's own file.
-        alone = self.accelerator.num_processes == 1
-        save_rank_state(
-            rank_file(output_dir, self.args.process_index),
-            {
-                "directions": {} if alone else local["directions"],
-                "curvature": {} if alone else local["curvature"],
-                "carried": self._carried.tensors(),
-            },
-            {
-                "owner": local["owner"],
-                "noise_scale": self._noise_scale.state(),
-                "processes": self.accelerator.num_processes,
-            },
-        )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or (optimizer := self.extrapolated) is None:
-            return
-        path = rank_file(checkpoint, self.args.process_index)
-        if not path.is_file():
-            logger.warning("%s is missing: directions and recurrent states of this process start cold", path)
-            return
-        groups, facts = load_rank_state(path)
-        self._noise_scale.load_state(facts["noise_scale"])
-        processes = self.accelerator.num_processes
-        if facts["processes"] != processes:
-            logger.warning(
-                "the checkpoint has %d processes and this run %d: directions and recurrent states start cold",
-                facts["processes"],
-                processes,
-            )
-            return
-        self._carried.load(groups.get("carried", {}), self.args.device)
-        if processes > 1:
-            named = {"directions": groups.get("directions", {}), "curvature": groups.get("curvature", {})}
-            optimizer.load_local_state_dict({"owner": facts["owner"], **named})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint_matches(resume_from_checkpoint, self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class ExtrapTrainer(ExtrapTrainerMixin, Trainer):

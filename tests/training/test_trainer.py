@@ -134,6 +134,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pres
     ]
 
 
+def test_independent_samples_survive_a_resume_bit_for_bit(tmp_path: Path) -> None:
+    fields = {"extrap": "extrap", "extrap_batch": "independent", "extrap_step_ratio": 0.5, "extrap_virtual_workers": 2}
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    whole = train(tmp_path / "whole", **fields, **saves)
+    resumed = train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"), **fields, **saves)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert not torch.equal(weights(whole), weights(train(tmp_path / "same", **{**fields, "extrap_batch": "same"})))
+
+
 def test_another_number_of_virtual_workers_starts_cold_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

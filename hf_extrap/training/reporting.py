@@ -1,0 +1,120 @@
+"""What the Trainer logs about the extrapolation, and the losses at x and at y side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_extrap.optim.extrapolated import Extrapolated
+
+from .carried_state import CarriedState, State
+from .diagnostics import GradientNoiseScale
+
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
+
+EVALUATION = "evaluation"
+"""The slot of the recurrent states of evaluations."""
+
+SHARED = ("displacement_norm", "step_size", "direction_cosine", "gradient_square", "pass_square", "passes")
+
+
+class ReportingMixin(TrainerBase):
+    """Logs on every logging step, and at every evaluation while training."""
+
+    extrapolated: Extrapolated | None
+    batch_size_unit: float
+    _carried: CarriedState
+
+    def _start_reporting(self) -> None:
+        self._noise_scale = GradientNoiseScale()
+        self._last_pass: tuple[dict[str, Any], State | None] | None = None
+        self._losses_side_by_side: dict[str, float] = {}
+        self._is_probing = False
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Passes inside leave the recurrent states as they are."""
+        self._is_probing = True
+        try:
+            yield
+        finally:
+            self._is_probing = False
+
+    def _logs_after_this_step(self) -> bool:
+        strategy = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy))
+        step = self.state.global_step + 1
+        if strategy == "steps":
+            return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
+        return strategy == "epoch"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock log, with what the extrapolation did; a collective call while training."""
+        if "loss" in logs and self.extrapolated is not None:
+            logs.update(self._extrapolation_logs(self.extrapolated, logs["loss"]))
+        if self._losses_side_by_side and any(key.endswith("_loss") for key in logs):
+            prefix = next(key for key in logs if key.endswith("_loss")).removesuffix("_loss")
+            logs.update({f"{prefix}_extrap/{name}": value for name, value in self._losses_side_by_side.items()})
+            self._losses_side_by_side = {}
+        super().log(logs, start_time)
+
+    def _extrapolation_logs(self, optimizer: Extrapolated, loss: float) -> dict[str, float]:
+        seen = optimizer.statistics
+        local = torch.tensor([seen.get(name, 0.0) for name in SHARED], dtype=torch.float64)
+        means = self.accelerator.reduce(local.to(torch.float32).to(self.args.device), "mean").tolist()
+        mean = dict(zip(SHARED, means, strict=True))
+        logs = {f"extrap/{name}": mean[name] for name in ("displacement_norm", "step_size")}
+        if "direction_cosine" in seen:
+            logs["extrap/direction_cosine"] = mean["direction_cosine"]
+        logs["extrap/loss_at_y"] = loss
+        logs["extrap/skipped_steps"] = optimizer.skipped_steps
+        workers = round(mean["passes"]) * self.accelerator.num_processes
+        if workers >= 2 and math.isfinite(mean["pass_square"]):
+            small = self.args.train_batch_size * self.batch_size_unit
+            self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
+            logs["extrap/gradient_noise_scale"] = self._noise_scale.value
+        return logs
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The stock evaluation, at x; while training, the last batch's loss at x and at y is logged beside it."""
+        self._carried.put(EVALUATION, None)
+        if self.is_in_train and self._last_pass is not None and self.extrapolated is not None:
+            self._losses_side_by_side = self._losses_at_x_and_y(self.extrapolated, *self._last_pass)
+        return super().evaluate(*args, **kwargs)
+
+    def _losses_at_x_and_y(self, optimizer: Extrapolated, inputs: dict[str, Any], state: Any) -> dict[str, float]:
+        """The loss of the last batch, without dropout, at x and at the y that the scheme would look from next."""
+        model, collect = self.model, optimizer.collect_statistics
+        was_training = model.training
+        optimizer.collect_statistics = False
+
+        def loss() -> Tensor:
+            self._carried.put(EVALUATION, state)
+            with self._probing(), self.compute_loss_context_manager():
+                return self.compute_loss(model, self._prepare_inputs(dict(inputs)))
+
+        model.eval()
+        try:
+            with torch.no_grad():
+                at_x = loss()
+            if optimizer.wants_probe:
+                with optimizer.probing(worker=0):
+                    self.accelerator.backward(loss())
+            optimizer.train(worker=0)
+            with torch.no_grad():
+                at_y = loss()
+        finally:
+            optimizer.rest()
+            optimizer.reset_step()
+            optimizer.collect_statistics = collect
+            model.train(was_training)
+            self._carried.put(EVALUATION, None)
+        means = self.accelerator.reduce(torch.stack([at_x.detach().float(), at_y.detach().float()]), "mean").tolist()
+        return {"loss_at_x": means[0], "loss_at_y": means[1]}
