@@ -69,6 +69,29 @@ TINY_TRANSLATION: dict[str, Any] = {
 }
 
 
+TINY_LANGUAGE_MODEL: dict[str, Any] = {
+    "task": "language_modeling",
+    "seq_len": 8,
+    "vocab_size": 200,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "dropout": 0.1,
+    "max_train_samples": 100,
+    "max_eval_samples": 8,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "max_steps": 6,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "disable_tqdm": True,
+}
+
+
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., Path]:
     """Writes a YAML configuration: `write_config(name, fields)`."""
@@ -86,6 +109,14 @@ def tiny_translation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration that trains a toy translation model in a second."""
     path = tmp_path_factory.mktemp("configurations") / "tiny_translation.yaml"
     path.write_text(yaml.safe_dump(TINY_TRANSLATION), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration that trains a toy LSTM language model in a second."""
+    path = tmp_path_factory.mktemp("configurations") / "tiny_language_model.yaml"
+    path.write_text(yaml.safe_dump(TINY_LANGUAGE_MODEL), encoding="utf-8")
     return path
 
 

@@ -45,8 +45,8 @@ def test_the_plain_loop_in_two_processes(launch: Launch) -> None:
 
 
 def test_the_trainer_script(run_here: Callable[..., list[float]]) -> None:
-    before, after = run_here("trainer_script.py", "--max_steps", "10")
-    assert 200 < before < 300 and after < before / 2
+    (perplexity,) = run_here("trainer_script.py", "--max_steps", "10")
+    assert perplexity < 128
 
 
 def test_trl(run_here: Callable[..., list[float]]) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_extrap.cli import main
+from hf_extrap.configuration import resolve
+from hf_extrap.models import ExtrapLstmForCausalLM
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.results import RunFolder
+from hf_extrap.training import recording
+from hf_extrap.training.recording import parameter_checksum, replicas_agree
 
 TIMES = ("runtime", "per_second")
 
@@ -165,16 +171,66 @@ def test_a_diverged_run_says_so(tiny_translation: Path, tmp_path: Path, capsys: 
     assert "This run diverged" in (tmp_path / "run/README.md").read_text()
 
 
+def test_a_language_model_learns_loads_and_resumes(
+    tiny_language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--extrap", "extrap-past", "--extrap_virtual_workers", "2")
+    whole = train(tiny_language_model, tmp_path / "whole", *words)
+    # Before training it guesses among 200 words.
+    assert 150 < whole["untrained"]["untrained_perplexity"] < 260
+    assert whole["eval"]["eval_perplexity"] < whole["untrained"]["untrained_perplexity"] - 5
+    assert whole["eval"]["eval_perplexity"] == pytest.approx(math.exp(whole["eval"]["eval_loss"]), rel=0.02)
+    assert "validation perplexity" in capsys.readouterr().out
+    assert "import hf_extrap.models" in (tmp_path / "whole/README.md").read_text()
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ExtrapLstmForCausalLM)
+
+    cut_off(tmp_path / "whole", tmp_path / "resumed", step=3)
+    resumed = train(tiny_language_model, tmp_path / "resumed", *words, "--resume_from_checkpoint", "true")
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert same[0] == same[1]
+    assert resumed["test"]["test_perplexity"] == whole["test"]["test_perplexity"]
+    assert resumed["untrained"] == whole["untrained"]
+
+
+def test_without_a_configuration_the_built_in_language_model_is_trained(tmp_path: Path) -> None:
+    found = resolve(None, ["--output_dir", str(tmp_path)])
+    assert (found.task.name, found.task_arguments.dataset) == ("language_modeling", "builtin")
+    assert resolve(None).training_arguments.output_dir == "runs/language_modeling-none-42"
+
+
 @pytest.mark.distributed
-def test_two_processes_train_one_model(tiny_translation: Path, tmp_path: Path, launch: Callable[..., str]) -> None:
-    words = ("train", tiny_translation, "--extrap", "extrap", "--output_dir", tmp_path / "run")
+def test_two_processes_train_one_model(tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str]) -> None:
+    words = ("train", tiny_language_model, "--extrap", "extrap", "--dropout", "0", "--output_dir", tmp_path / "run")
     shown = launch("-m", "hf_extrap", *words, processes=2)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["world_size"] == 2
     assert metrics["ranks_identical"] is True
-    assert metrics["steps"] == 6
+    assert (metrics["steps"], metrics["global_batch"]) == (6, 8)
     # One of them speaks.
-    assert shown.count("validation BLEU") == 1 and "processes ended with the same weights" in shown
+    assert shown.count("validation perplexity") == 1 and "processes ended with the same weights" in shown
+    # Without dropout, whose masks differ, one process that plays two workers follows the same path, to rounding.
+    words = (
+        "--extrap",
+        "extrap",
+        "--dropout",
+        "0",
+        "--extrap_virtual_workers",
+        "2",
+        "--per_device_eval_batch_size",
+        "8",
+    )
+    virtual = train(tiny_language_model, tmp_path / "virtual", *words)
+    assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=1e-5)
+
+
+def test_replicas_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    ours = parameter_checksum(model)
+    monkeypatch.setattr(recording, "gather_object", lambda sums: [*sums, ours])
+    assert replicas_agree(model)
+    with torch.no_grad():
+        model.bias[1] = torch.nextafter(model.bias[1], torch.tensor(9.0))
+    assert not replicas_agree(model)
 
 
 @pytest.mark.distributed
