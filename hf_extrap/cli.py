@@ -79,7 +79,7 @@ def _train(config: str | None, wants_help: bool, rest: list[str], command: str) 
     configuration = resolve(config, rest)
     metrics = run(configuration, command)
     if configuration.training_arguments.process_index == 0:
-        print_run(metrics, configuration.training_arguments.output_dir)
+        print_run(metrics, str(configuration.training_arguments.output_dir))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,24 +14,15 @@ import pandas as pd
 from rich.console import Console
 
 from hf_extrap.configuration import Configuration, resolve
-from hf_extrap.figures import draw_comparison, series
+from hf_extrap.figures import draw_comparison
 from hf_extrap.optim.config import PRESETS, ExtrapConfig
 from hf_extrap.report import make_table
 from hf_extrap.results import RunFolder, different_fields, versions, write_json
 from hf_extrap.run import run
+from hf_extrap.summary import COLUMNS, explanation, gradients_per_step, summarise, table_rows
 
 TABLE_FILE, NUMBERS_FILE, FIGURE_FILE = "compare.md", "compare.json", "compare.png"
 T = TypeVar("T")
-COLUMNS = (
-    "preset",
-    "learning rate",
-    "validation",
-    "test",
-    "steps to target",
-    "seconds a step",
-    "gradients a step",
-    "diverged",
-)
 
 
 @dataclass(frozen=True)
@@ -67,29 +57,6 @@ def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
     return values
 
 
-def gradients_per_step(config: ExtrapConfig, steps: int) -> float:
-    """Gradient evaluations a step for each worker, averaged over the run; a share of a batch counts as that share."""
-    if steps == 0:
-        return 1.0
-    extra = 0.0
-    for step in range(steps):
-        if not config.is_active(step):
-            continue
-        if config.is_fresh:
-            extra += config.batch_fraction
-        elif config.is_past and config.step_size == "auto" and step % config.probe_every == 0:
-            extra += 1
-    return 1 + extra / steps
-
-
-def steps_to(target: float, rows: Sequence[dict[str, Any]], metric: str, greater_is_better: bool) -> int | None:
-    """The first step whose evaluation is at least as good as the target, or None."""
-    for step, value in zip(*series(rows, f"eval_{metric}"), strict=True):
-        if value >= target if greater_is_better else value <= target:
-            return int(step)
-    return None
-
-
 def compare(
     config: str | Path | None,
     words: Sequence[str],
@@ -122,7 +89,8 @@ def compare(
             plural = {"extrap": "presets"}.get(name, f"{name}s")
             raise ValueError(f"--{name}: a comparison sets it for each run; use --{plural}.")
     root = Path(output_dir or Path("runs") / f"compare-{Path(config).stem if config else 'default'}")
-    settings = [(preset, rate, seed) for preset in presets for rate in (learning_rates or [None]) for seed in seeds]
+    rates: Sequence[float | None] = learning_rates or [None]
+    settings = [(preset, rate, seed) for preset in presets for rate in rates for seed in seeds]
     # Every cell is resolved before the first one runs: a mistake in the last must not cost the others' time.
     cells = [_resolve_cell(config, words, root, *setting) for setting in settings]
     first = os.environ.get("RANK", "0") == "0"
@@ -160,7 +128,7 @@ def _resolve_cell(
 
 
 def _run_cell(cell: Configuration, command: str) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    folder = RunFolder(Path(cell.training_arguments.output_dir))
+    folder = RunFolder(Path(str(cell.training_arguments.output_dir)))
     if folder.is_finished:
         metrics = folder.read_metrics()
         if differing := different_fields(metrics["arguments"], cell.given):
@@ -203,93 +171,6 @@ def _frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(numbers, float))
 
 
-def summarise(frame: pd.DataFrame, target: float | None = None) -> tuple[pd.DataFrame, dict[str, float], float | None]:
-    """Each preset at its best learning rate.
-
-    Args:
-        frame: one row a run: preset, learning_rate, seed, metric, greater_is_better, validation, test,
-            seconds_per_step, gradients_per_step, diverged, history.
-        target: value for "steps to target"; None: the worst preset's mean, at its best learning rate.
-
-    Returns:
-        The table (numbers, with a `_std` beside each mean), the best learning rate of each preset, and the target.
-    """
-    greater, metric = bool(frame["greater_is_better"].iloc[0]), str(frame["metric"].iloc[0])
-    worst = -math.inf if greater else math.inf
-    scored = frame.assign(score=frame["validation"].where(~frame["diverged"], worst).fillna(worst))
-    means = scored.groupby(["preset", "learning_rate"], sort=False)["score"].mean().unstack()
-    best = (means.idxmax(axis=1) if greater else means.idxmin(axis=1)).to_dict()
-    chosen = {preset: frame[(frame.preset == preset) & (frame.learning_rate == rate)] for preset, rate in best.items()}
-    if target is None:
-        finals = [rows["validation"].mean() for rows in chosen.values() if not rows["diverged"].any()]
-        target = (min(finals) if greater else max(finals)) if finals else None
-    rows = []
-    for preset in dict.fromkeys(frame["preset"]):
-        runs = chosen[preset]
-        reached = [
-            steps_to(target, history, metric, greater) if target is not None else None for history in runs.history
-        ]
-        steps = pd.Series([step for step in reached if step is not None], dtype=float)
-        rows.append(
-            {
-                "preset": preset,
-                "learning_rate": best[preset],
-                "seeds": len(runs),
-                "diverged": int(runs["diverged"].sum()),
-                "diverged_anywhere": int(frame[frame.preset == preset]["diverged"].sum()),
-                "runs": int((frame.preset == preset).sum()),
-                **{
-                    f"{name}{end}": value
-                    for name in ("validation", "test")
-                    for end, value in _spread(runs[name]).items()
-                },
-                "reached": len(steps),
-                **{f"steps_to_target{end}": value for end, value in _spread(steps).items()},
-                "seconds_per_step": runs["seconds_per_step"].mean(),
-                "gradients_per_step": runs["gradients_per_step"].mean(),
-            }
-        )
-    return pd.DataFrame(rows), best, target
-
-
-def _spread(values: pd.Series) -> dict[str, float]:
-    return {"": values.mean(skipna=False), "_std": values.std(ddof=1)}
-
-
-def table_rows(table: pd.DataFrame) -> list[list[str]]:
-    """The table as words, in the order of COLUMNS."""
-    return [
-        [
-            row["preset"],
-            f"{row['learning_rate']:g}",
-            "diverged" if row["diverged"] else _plus_minus(row["validation"], row["validation_std"], ".2f"),
-            "diverged" if row["diverged"] else _plus_minus(row["test"], row["test_std"], ".2f"),
-            _plus_minus(row["steps_to_target"], row["steps_to_target_std"], ".0f")
-            + (f" ({row['reached']}/{row['seeds']} seeds)" if 0 < row["reached"] < row["seeds"] else ""),
-            f"{row['seconds_per_step']:.3f}",
-            f"{row['gradients_per_step']:.2f}",
-            f"{row['diverged_anywhere']}/{row['runs']} runs",
-        ]
-        for _, row in table.iterrows()
-    ]
-
-
-def _plus_minus(mean: float, deviation: float, form: str) -> str:
-    if pd.isna(mean):
-        return "–"
-    return format(mean, form) + ("" if pd.isna(deviation) else f" ± {deviation:{form}}")
-
-
-def _explanation(frame: pd.DataFrame, target: float | None) -> str:
-    better = "higher" if frame["greater_is_better"].iloc[0] else "lower"
-    sentence = (
-        f"{frame['metric'].iloc[0]} after {frame['steps'].max()} steps ({better} is better), mean ± standard deviation "
-        f"over {frame['seed'].nunique()} seeds, each preset at its best learning rate by validation, of "
-        f"{frame['learning_rate'].nunique()}"
-    )
-    return sentence + (f"; target: {target:.4g} on validation." if target is not None else ".")
-
-
 def _write(
     root: Path, table: pd.DataFrame, frame: pd.DataFrame, best: dict[str, float], target: float | None, command: str
 ) -> None:
@@ -297,7 +178,7 @@ def _write(
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in table_rows(table)]
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = "\n".join([*lines, "", _explanation(frame, target), "", f"Command: `{command}`. Versions: {used}.", ""])
+    text = "\n".join([*lines, "", explanation(frame, target), "", f"Command: `{command}`. Versions: {used}.", ""])
     write_json(
         root / NUMBERS_FILE,
         {
@@ -325,6 +206,6 @@ def _print(root: Path, table: pd.DataFrame, frame: pd.DataFrame, target: float |
     console = Console()
     console.print()
     console.print(make_table(None, COLUMNS, table_rows(table)))
-    console.print(_explanation(frame, target), style="dim", soft_wrap=True)
+    console.print(explanation(frame, target), style="dim", soft_wrap=True)
     for name in (TABLE_FILE, NUMBERS_FILE, FIGURE_FILE):
         console.print(str(root / name), soft_wrap=True)

@@ -124,8 +124,8 @@ def _across_seeds(
             by_step.setdefault(step, []).append(value)
     # Where a seed is missing, the mean would jump.
     steps = sorted(step for step, values in by_step.items() if len(values) == len(lines))
-    values = [by_step[step] for step in steps]
-    return steps, [min(v) for v in values], [sum(v) / len(v) for v in values], [max(v) for v in values]
+    columns = [by_step[step] for step in steps]
+    return steps, [min(v) for v in columns], [sum(v) / len(v) for v in columns], [max(v) for v in columns]
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]], logarithmic: bool) -> None:

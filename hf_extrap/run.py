@@ -41,7 +41,7 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
         FileNotFoundError: data or a checkpoint is missing.
     """
     arguments = configuration.training_arguments
-    folder = RunFolder(Path(arguments.output_dir))
+    folder = RunFolder(Path(str(arguments.output_dir)))
     checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=checkpoint is not None)
     command = command or shlex.join(["hf-extrap", *sys.argv[1:]])

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from hf_extrap.cli import main
-from hf_extrap.compare import COLUMNS, gradients_per_step, steps_to, summarise, table_rows
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.results import RunFolder, read_json
+from hf_extrap.summary import COLUMNS, gradients_per_step, steps_to, summarise, table_rows
 
 
 def row(preset: str, rate: float, seed: int, value: float, **others: Any) -> dict[str, Any]:

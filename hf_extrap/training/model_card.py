@@ -23,7 +23,7 @@ _HUB_TASKS = {
 _SPLITS = {"eval": "validation", "test": "test"}
 
 
-def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:
     """Class name of the base optimizer, found beneath the wrappers of Accelerate and of this package."""
     while True:
         inner = next((getattr(optimizer, name) for name in ("optimizer", "base") if hasattr(optimizer, name)), None)

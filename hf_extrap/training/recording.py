@@ -19,7 +19,7 @@ def parameter_checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
