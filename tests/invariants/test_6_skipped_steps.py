@@ -99,8 +99,17 @@ def test_skipping_as_in_the_textbook(name: str) -> None:
     assert max(distance(a, b) for a, b in zip(run.x, textbook.x, strict=True)) < 1e-11
 
 
+CLEAR: dict[str, Callable[[nn.Module, Extrapolated], None]] = {
+    "optimizer.zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "model.zero_grad": lambda model, optimizer: model.zero_grad(),
+    "optimizer.zero_grad to 0": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model.zero_grad to 0": lambda model, optimizer: model.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("clear", CLEAR)
 @pytest.mark.parametrize("preset", ["extrap-past", "optimistic", "past-update", "extrap", "sam"])
-def test_an_overflow_under_the_grad_scaler(preset: str) -> None:
+def test_an_overflow_under_the_grad_scaler(preset: str, clear: str) -> None:
     """The scaler itself withholds the step: x must come back, and no stale, infinite direction may live on."""
     model = make_model(torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -117,7 +126,7 @@ def test_an_overflow_under_the_grad_scaler(preset: str) -> None:
         scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        CLEAR[clear](model, optimizer)
         optimizer.eval()
         return moved, distance(x, list(model.parameters()))
 

@@ -341,6 +341,14 @@ def test_a_parameter_that_the_last_step_did_not_use_has_no_direction() -> None:
     assert torch.equal(x[1], b.detach())
 
 
+def test_sparse_gradients_are_refused() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = Extrapolated(torch.optim.SGD(embedding.parameters(), lr=0.1), ExtrapConfig.preset("extrap-past"))
+    optimizer.train()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        embedding(torch.tensor([1, 2])).sum().backward()
+
+
 @pytest.mark.parametrize("by_backward", [False, True], ids=["autograd.grad", "backward"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_gradient_that_somebody_takes_between_steps_is_not_a_step(preset: str, by_backward: bool) -> None:
