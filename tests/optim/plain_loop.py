@@ -16,6 +16,18 @@ from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import Loss, Trajectory, extrapolate
 
 STEPS = 9
+PRESETS = [
+    "extrap",
+    "extrap-past",
+    "extragradient",
+    "optimistic",
+    "past-update",
+    "gaussian",
+    "smoothout",
+    "sam",
+    "asam",
+]
+"""Those that extrapolate."""
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -30,6 +42,12 @@ def make_batch(
     generator = torch.Generator().manual_seed(1000 * step + 10 * worker + probe)
     inputs = torch.randn(7, 5, generator=generator, dtype=torch.float64).to(dtype)
     return inputs, torch.randint(3, (7,), generator=generator)
+
+
+def loss_at(model: nn.Module, step: int, worker: int = 0) -> Tensor:
+    parameter = next(model.parameters())
+    inputs, labels = make_batch(step, worker, dtype=parameter.dtype)
+    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def two_groups(parameters: Sequence[Tensor], lr: float) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""The move and what surrounds it: train, eval, step; groups and parameters that come, go, freeze and lack gradients."""
+"""The move and what surrounds it: train, eval, step, probing, workers, copies, statistics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pickle
 import pytest
 import torch
 from plain_loop import (
-    BASES,
-    CELLS,
+    PRESETS,
     assert_same_run,
     distance,
     identical,
@@ -24,19 +23,6 @@ from torch import Tensor, nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.reference import extrapolate
-
-PRESETS = [
-    "extrap",
-    "extrap-past",
-    "extragradient",
-    "optimistic",
-    "past-update",
-    "gaussian",
-    "smoothout",
-    "sam",
-    "asam",
-]
 
 
 def warm(preset: str, *, workers: int = 1, **fields: object) -> tuple[nn.Module, Extrapolated, ExtrapConfig]:
@@ -205,110 +191,6 @@ def test_step_hooks_run_once() -> None:
     assert calls == ["before", "after"]
 
 
-class TwoHeads(nn.Module):
-    """A body and two heads, of which a batch uses one: the other gets no gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.body, self.heads = nn.Linear(5, 4), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
-        self.double()
-
-    def forward(self, inputs: Tensor, head: int) -> Tensor:
-        return self.heads[head](torch.tanh(self.body(inputs)))
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("name", [n for n in CELLS if not n.endswith(("independent", "clipped"))])
-def test_parameters_without_a_gradient(name: str, workers: int, base: str) -> None:
-    """Worker k uses head (t // 2 + k) mod 2; the other has no direction of this worker, and no step if all agree."""
-    model, config = TwoHeads(), CELLS[name].config
-    names = [n for n, _ in model.named_parameters()]
-    K = workers
-
-    def loss(outputs: Tensor, step: int, k: int) -> Tensor:
-        return nn.functional.cross_entropy(outputs, make_batch(step, k)[1])
-
-    def loss_of(k: int) -> object:
-        twin = copy.deepcopy(model)
-
-        def f(point: list[Tensor], t: int, probe: bool) -> Tensor:
-            arguments = (make_batch(t, k)[0], (t // 2 + k) % 2)
-            return loss(torch.func.functional_call(twin, dict(zip(names, point, strict=True)), arguments), t, k)
-
-        return f
-
-    textbook = extrapolate(list(model.parameters()), [loss_of(k) for k in range(K)], BASES[base], config, 7)  # type: ignore[misc]
-    optimizer = Extrapolated(BASES[base](list(model.parameters())), config, virtual_workers=K)
-    for t in range(7):
-        if config.scope == "global" and optimizer.wants_probe:
-            with optimizer.probing():
-                for k in range(K):
-                    (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
-        for k in range(K):
-            if config.scope == "local" and optimizer.wants_probe:
-                with optimizer.probing(worker=k):
-                    (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
-            optimizer.train(worker=k)
-            assert distance(list(model.parameters()), textbook.y[t][k]) < 1e-11, f"y of worker {k} at step {t}"
-            (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert distance(list(model.parameters()), textbook.x[t + 1]) < 1e-11, f"x after step {t}"
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_frozen_parameters_stay_and_unfrozen_ones_join(preset: str) -> None:
-    model, config = make_model(), ExtrapConfig.preset(preset)
-    frozen = list(model[0].parameters())
-    for p in frozen:
-        p.requires_grad_(False)
-    optimizer = Extrapolated(sgd(list(model.parameters())), config)
-    before = values(frozen)
-    run = run_plain_loop(model, optimizer, config, [0], steps=4)
-    assert identical(frozen, before)
-    assert all(identical(y[:2], before) for ys in run.y for y in ys)
-    assert distance(run.x[3][2:], run.y[3][0][2:]) > 1e-4
-    for p in frozen:
-        p.requires_grad_(True)
-    run = run_plain_loop(model, optimizer, config, [0], first=4, steps=3)
-    assert min(distance(run.x[2][:2], run.y[2][0][:2]), distance(run.x[2][2:], run.y[2][0][2:])) > 1e-4
-    assert distance(run.x[0][:2], run.x[3][:2]) > 1e-3
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_group_added_later_joins(preset: str) -> None:
-    """From its first step on with a past direction, at once with the others; ever after as if it had been there."""
-    model, config = make_model(), ExtrapConfig.preset(preset)
-    first, last = list(model[0].parameters()), list(model[2].parameters())
-    optimizer = Extrapolated(torch.optim.SGD(first, lr=0.1, momentum=0.9), config)
-    run_plain_loop(model, optimizer, config, [0], steps=3)
-    optimizer.add_param_group({"params": last, "lr": 0.05})
-    assert len(optimizer.param_groups) == 2
-    before = values(last)
-    run = run_plain_loop(model, optimizer, config, [0], first=3, steps=3)
-    assert distance(before, last) > 1e-3
-    assert (distance(run.x[0][2:], run.y[0][0][2:]) == 0) == (preset in ("extrap-past", "optimistic", "past-update"))
-    assert min(distance(run.x[t][part], run.y[t][0][part]) for t in (1, 2) for part in (slice(2), slice(2, 4))) > 1e-4
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(saved)
-    assert identical(list(model.parameters()), run.x[-1])
-
-
-def test_groups_look_as_far_as_their_own_learning_rates() -> None:
-    """With η = ratio · lr of each group: y = x − 0.5 · 0.3 g in the first, and a third of it in the second."""
-    model = make_model()
-    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extrap", step_ratio=0.5))
-    params = list(model.parameters())
-    x = values(params)
-    g = torch.autograd.grad(nn.functional.cross_entropy(model(make_batch(0, 0)[0]), make_batch(0, 0)[1]), params)
-    probe_if_wanted(model, optimizer, 0)
-    optimizer.train()
-    expected = [p - eta * v for p, v, eta in zip(x, g, [0.15, 0.15, 0.05, 0.05], strict=True)]
-    assert distance(params, expected) < 1e-14
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
@@ -324,29 +206,6 @@ def test_copies_go_on_alike_and_apart(duplicate: object, preset: str) -> None:
     run = run_plain_loop(model, optimizer, config, [0, 1], first=3, steps=3)
     assert_same_run(twin_run, run, 0.0)
     assert distance(run.x[0], run.x[-1]) > 1e-3
-
-
-def test_a_parameter_that_the_last_step_did_not_use_has_no_direction() -> None:
-    """It had one in the step before."""
-    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = Extrapolated(torch.optim.SGD([a, b], lr=0.1), ExtrapConfig.preset("extrap-past", step_size=1.0))
-    for used in ([a, b], [a]):
-        optimizer.train()
-        sum(p.sum() for p in used).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    x = values([a, b])
-    optimizer.train()
-    assert torch.allclose(x[0] - a.detach(), torch.ones(2))
-    assert torch.equal(x[1], b.detach())
-
-
-def test_sparse_gradients_are_refused() -> None:
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = Extrapolated(torch.optim.SGD(embedding.parameters(), lr=0.1), ExtrapConfig.preset("extrap-past"))
-    optimizer.train()
-    with pytest.raises(RuntimeError, match="sparse=False"):
-        embedding(torch.tensor([1, 2])).sum().backward()
 
 
 @pytest.mark.parametrize("by_backward", [False, True], ids=["autograd.grad", "backward"])

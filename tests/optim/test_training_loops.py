@@ -1,8 +1,7 @@
-"""The loops that people write: accelerate, schedulers, clipping, mixed precision, dropout, closures, compilation."""
+"""The loops that people write: checkpoints, accelerate, learning-rate schedulers, clipping."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from plain_loop import (
-    BASES,
     CELLS,
+    PRESETS,
     Cell,
     assert_same_run,
     distance,
     identical,
-    make_batch,
+    loss_at,
     make_model,
     run_plain_loop,
     run_reference,
@@ -29,31 +28,12 @@ from plain_loop import (
     warm_up_and_decay,
     worker_losses,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import lr_scheduler
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import extrapolate
-
-PRESETS = [
-    "extrap",
-    "extrap-past",
-    "extragradient",
-    "optimistic",
-    "past-update",
-    "gaussian",
-    "smoothout",
-    "sam",
-    "asam",
-]
-
-
-def loss_at(model: nn.Module, step: int, worker: int = 0) -> Tensor:
-    parameter = next(model.parameters())
-    inputs, labels = make_batch(step, worker, dtype=parameter.dtype)
-    return nn.functional.cross_entropy(model(inputs), labels)
-
 
 # State dicts
 
@@ -229,172 +209,3 @@ def test_observing_before_clipping_measures_the_whole_gradient(preset: str, step
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-
-
-# Mixed precision: the loss scale itself is in tests/invariants/test_8_units.py
-
-
-def test_an_overflow_with_unscaling_and_clipping_between() -> None:
-    """Unscale, clip, step, update: the good steps are those of a run without the bad one."""
-    ends = []
-    for bad in (None, 2):
-        model = make_model(torch.float32)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extrap"), grad_scaler=scaler)
-        for step in [0, 1, 2, 3] if bad is None else [0, 1, bad, 2, 3]:
-            inputs, labels = make_batch(step, 0, dtype=torch.float32)
-            if step == bad:
-                inputs, bad = inputs * torch.inf, None
-            with optimizer.probing():
-                scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
-            optimizer.train()
-            scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        assert all(torch.isfinite(p).all() for p in model.parameters())
-        ends.append(values(list(model.parameters())))
-    assert optimizer.skipped_steps == 1
-    assert distance(*ends) < 1e-6
-
-
-def test_a_narrow_direction_does_not_decide_whether_to_step() -> None:
-    """A gradient that float32 holds and a float16 direction does not: the averaged gradient is finite, so x steps.
-
-    Skipping on what one rank alone knows would take the replicas apart.
-    """
-    w = nn.Parameter(torch.ones(2))
-    config = ExtrapConfig.preset("extrap-past", step_size=1e-6, direction_dtype="float16")
-    optimizer = Extrapolated(torch.optim.SGD([w], lr=1e-6), config)
-    for _ in range(2):
-        optimizer.train()
-        (1e5 * w).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert optimizer.skipped_steps == 0
-    assert w.tolist() == pytest.approx([0.8, 0.8], rel=1e-5)
-
-
-@pytest.mark.parametrize("preset", ["extrap", "extrap-past"])
-def test_autocast(preset: str) -> None:
-    """In bfloat16 arithmetic the two passes are each in a context of their own; y is seen by the second."""
-    model, config = make_model(torch.float32), ExtrapConfig.preset(preset, step_size=0.5)
-    optimizer = Extrapolated(sgd(list(model.parameters())), config)
-    for step in range(3):
-        if optimizer.wants_probe:
-            with optimizer.probing(), torch.autocast("cpu", torch.bfloat16):
-                at_x = loss_at(model, step)
-                at_x.backward()
-        optimizer.train()
-        with torch.autocast("cpu", torch.bfloat16):
-            at_y = loss_at(model, step)
-        at_y.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    if preset == "extrap":
-        assert at_y.item() < at_x.item() - 0.01
-
-
-# Dropout, compiled models, closures
-
-
-class Dropping(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.first, self.dropout, self.last = nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 3)
-        self.masks: list[Tensor] = []
-        self.dropout.register_forward_hook(lambda module, inputs, output: self.masks.append(output != 0))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.last(self.dropout(self.first(inputs)))
-
-
-@pytest.mark.parametrize("preset", ["extrap", "sam"])
-def test_both_passes_see_the_same_masks(preset: str) -> None:
-    model = Dropping()
-    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset(preset), virtual_workers=2)
-    torch.manual_seed(8)
-    for step in range(2):
-        for k in range(2):
-            with optimizer.probing(worker=k):
-                (loss_at(model, step, k) / 2).backward()
-            optimizer.train(worker=k)
-            (loss_at(model, step, k) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    pairs = list(zip(model.masks[::2], model.masks[1::2], strict=True))
-    assert all(torch.equal(probe, regular) for probe, regular in pairs)
-    assert len({tuple(regular.flatten().tolist()) for _, regular in pairs}) == 4
-    after = torch.rand(3)
-    torch.manual_seed(8)
-    for _ in range(4):
-        nn.functional.dropout(torch.ones(7, 64), 0.5)
-    assert torch.equal(after, torch.rand(3))
-
-
-def test_global_probes_see_the_masks_of_their_batches() -> None:
-    """All probes come first, then all regular passes: worker k's masks are the same in both."""
-    model = Dropping()
-    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extragradient"), virtual_workers=2)
-    with optimizer.probing():
-        for k in range(2):
-            (loss_at(model, 0, k) / 2).backward()
-    for k in range(2):
-        optimizer.train(worker=k)
-        (loss_at(model, 0, k) / 2).backward()
-    assert torch.equal(model.masks[0], model.masks[2]) and torch.equal(model.masks[1], model.masks[3])
-    assert not torch.equal(model.masks[0], model.masks[1])
-
-
-def test_independent_samples_have_masks_of_their_own() -> None:
-    model = Dropping()
-    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extrap", batch="independent"))
-    with optimizer.probing():
-        loss_at(model, 1).backward()
-    optimizer.train()
-    loss_at(model, 0).backward()
-    assert not torch.equal(*model.masks)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["extrap", "extrap-past", "extragradient"])
-def test_a_compiled_model_sees_y_and_is_not_compiled_again(name: str, backend: str) -> None:
-    torch._dynamo.reset()
-    config = CELLS[name].config
-    model = make_model()
-    compiled = torch.compile(model, backend=backend)
-    optimizer = Extrapolated(sgd(list(model.parameters())), config, virtual_workers=2)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        run = run_plain_loop(compiled, optimizer, config, [0, 1], steps=4)
-    plain = make_model()
-    optimizer = Extrapolated(sgd(list(plain.parameters())), config, virtual_workers=2)
-    assert_same_run(run, run_plain_loop(plain, optimizer, config, [0, 1], steps=4), 1e-11)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "past-update", "sam"])
-def test_a_closure_is_taken_where_a_loop_has_one(preset: str, base: str) -> None:
-    config = ExtrapConfig.preset(preset)
-    plain = make_model()
-    plain_optimizer = Extrapolated(BASES[base](list(plain.parameters())), config)
-    expected = run_plain_loop(plain, plain_optimizer, config, [0], steps=4)
-    model = make_model()
-    optimizer = Extrapolated(BASES[base](list(model.parameters())), config)
-    for step in range(4):
-
-        def closure(step: int = step) -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_at(model, step)
-            loss.backward()
-            return loss
-
-        with torch.no_grad():
-            at_y = copy.deepcopy(model)
-            at_y.load_state_dict(dict(zip(model.state_dict(), expected.y[step][0], strict=True)))
-        assert optimizer.step(closure).item() == loss_at(at_y, step).item()
-        assert identical(list(model.parameters()), expected.x[step + 1])
-    assert optimizer.skipped_steps == 0
