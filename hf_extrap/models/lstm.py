@@ -96,6 +96,7 @@ class ExtrapLstmPreTrainedModel(PreTrainedModel):
 
     config_class = ExtrapLstmConfig
     base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
     _is_stateful = True
     _no_split_modules = ["ExtrapLstmModel"]
 
@@ -104,7 +105,7 @@ class ExtrapLstmPreTrainedModel(PreTrainedModel):
         bound = self.config.initializer_range
         if isinstance(module, nn.Embedding | nn.Linear):
             initialization.uniform_(module.weight, -bound, bound)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 initialization.zeros_(module.bias)
         elif isinstance(module, nn.LSTM):
             for parameter in module.parameters():
@@ -126,12 +127,6 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
             dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
 
     def forward(
         self,
@@ -203,12 +198,6 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -235,7 +224,8 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             ValueError: If labels have another shape than the input, or fewer than two positions.
         """
         if labels is not None:
-            shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+            given = inputs_embeds if input_ids is None else input_ids
+            shape = labels.shape if given is None else given.shape[:2]
             if labels.shape != shape or shape[1] < 2:
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}: they must be "
@@ -261,7 +251,7 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -284,6 +274,7 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
 
     def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
         """Put the rows of the state in the order of the surviving beams."""
-        return tuple(part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
+        h, c = (part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
+        return h, c
 
     reorder_cache = _reorder_cache

@@ -63,14 +63,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ones = counted.to(dtype)
 
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        training = need_hidden or need_weight or need_bias
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
 
         size = min(max(CHUNK_ELEMENTS.get(hidden.device.type, 1 << 25) // vocab_size, 1), max(count, 1))
         buffer = hidden.new_empty(size, vocab_size)
-        probabilities = torch.empty_like(buffer) if training else None
+        probabilities = torch.empty_like(buffer) if any(ctx.needs_input_grad) else None
         product = torch.empty_like(w) if need_weight else None
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
@@ -81,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 torch.addmm(b, h, w.t(), out=logits)
             chosen = logits.gather(1, label).squeeze(1).float()
-            if not training:
+            if probabilities is None:
                 losses[rows] = torch.logsumexp(logits.float(), 1) - chosen
                 continue
             p = torch.softmax(logits, 1, out=probabilities[: len(h)])

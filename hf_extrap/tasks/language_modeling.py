@@ -161,16 +161,17 @@ def _model_of(
     arguments: LanguageModelingArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The model that `arguments.model` names, with its weights, or from its configuration if it has none."""
-    folder = Path(str(arguments.model))
+    name = str(arguments.model)
+    folder = Path(name)
     has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     if arguments.from_scratch or not has_weights:
         return AutoModelForCausalLM.from_config(_fit(config, arguments, tokenizer))
     if arguments.config_overrides:
         raise ValueError("`config_overrides` changes a model made from scratch: set `from_scratch` to true as well.")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(name)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"model {arguments.model!r} knows {model.config.vocab_size} tokens and the text has {len(tokenizer)}: give "
+            f"model {name!r} knows {model.config.vocab_size} tokens and the text has {len(tokenizer)}: give "
             "the model its tokenizer, or set `from_scratch` to true."
         )
     return model
