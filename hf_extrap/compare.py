@@ -204,6 +204,8 @@ def _write(
 
 def _print(root: Path, table: pd.DataFrame, frame: pd.DataFrame, target: float | None) -> None:
     console = Console()
+    # Narrower than this the columns of numbers are folded beyond reading.
+    console.width = max(console.width, 120)
     console.print()
     console.print(make_table(None, COLUMNS, table_rows(table)))
     console.print(explanation(frame, target), style="dim", soft_wrap=True)

@@ -106,7 +106,10 @@ def draw_comparison(
         axes.set_ylabel(f"validation {spoken(metric)}")
         _finish(axes, logarithmic=metric == "perplexity")
     if several_rates:
+        rates = sorted({rate for values in points.values() for rate, _, _ in values})
         grid[1].set_xscale("log")
+        grid[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
+        grid[1].set_xticks([], minor=True)
     # Above the panels, where it can cover no curve.
     handles, labels = grid[0].get_legend_handles_labels()
     if handles:
@@ -140,7 +143,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]]
 
 def _finish(axes: Axes, logarithmic: bool) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, alpha=0.25, linewidth=0.6)
+    axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=9)
     axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -173,6 +173,12 @@ def test_yaml_values_keep_their_types(write_config: WriteConfig) -> None:
     assert resolved.given["lr_milestones"] == [0.5, 0.75]
 
 
+def test_a_developer_can_have_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_EXTRAP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="task 'poetry' is unknown"):
+        main(["train", "--task", "poetry"])
+
+
 def test_no_is_a_word_where_a_word_is_wanted(tmp_path: Path) -> None:
     path = tmp_path / "no.yaml"
     path.write_text("task: translation\nsave_strategy: no\nbf16: no\ntf32: null\ndisable_tqdm: true\n")

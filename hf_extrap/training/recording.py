@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_extrap.figures import spoken
 from hf_extrap.results import RunFolder
 
 
@@ -98,4 +99,6 @@ class ConciseProgress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, lr {logs.get('learning_rate', 0):.3g}")
         elif f"eval_{self.metric}" in logs:
             value, loss = logs[f"eval_{self.metric}"], logs.get("eval_loss", float("nan"))
-            self.training_bar.write(f"step {state.global_step}: validation {self.metric} {value:.4g}, loss {loss:.4g}")
+            self.training_bar.write(
+                f"step {state.global_step}: validation {spoken(self.metric)} {value:.4g}, loss {loss:.4g}"
+            )
