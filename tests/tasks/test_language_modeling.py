@@ -262,3 +262,33 @@ def test_carry_state_is_refused_where_it_cannot_work(folder: Path, tmp_path: Pat
                 LanguageModelingArguments(data_dir=str(folder), data_cache_dir=str(tmp_path), seq_len=4, **shape),
                 arguments,
             )
+
+
+def test_carried_state_makes_each_stream_one_text(folder: Path, tmp_path: Path) -> None:
+    from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
+
+    prepared = prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
+    arguments = ExtrapTrainingArguments(
+        str(tmp_path / "out"),
+        use_cpu=True,
+        carry_state=True,
+        train_sampling_strategy="sequential",
+        per_device_eval_batch_size=3,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    trainer = ExtrapTrainer(
+        prepared.model,
+        arguments,
+        eval_dataset=prepared.eval_dataset,
+        data_collator=prepared.data_collator,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
+    )
+    measured = [trainer.evaluate()["eval_perplexity"] for _ in range(2)]
+    # 51 targets are three whole streams of 17.
+    whole = torch.from_numpy(prepared.eval_dataset.ids[np.add.outer(17 * np.arange(3), np.arange(18))].astype(np.int64))
+    with torch.no_grad():
+        direct = prepared.model.eval()(input_ids=whole, labels=whole).token_losses.mean().exp().item()
+    assert measured == pytest.approx([direct, direct], rel=1e-5)
+    assert direct != pytest.approx(evaluate(tmp_path, prepared)["eval_perplexity"], rel=1e-5)
