@@ -6,10 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .optim.config import PRESETS, ExtrapConfig
-    from .optim.extrapolated import Extrapolated
-    from .training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments
-    from .training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer, ExtrapTrainerMixin
+    from .optim.config import PRESETS as PRESETS
+    from .optim.config import ExtrapConfig as ExtrapConfig
+    from .optim.extrapolated import Extrapolated as Extrapolated
+    from .training.arguments import ExtrapArguments as ExtrapArguments
+    from .training.arguments import ExtrapSeq2SeqTrainingArguments as ExtrapSeq2SeqTrainingArguments
+    from .training.arguments import ExtrapTrainingArguments as ExtrapTrainingArguments
+    from .training.trainer import ExtrapSeq2SeqTrainer as ExtrapSeq2SeqTrainer
+    from .training.trainer import ExtrapTrainer as ExtrapTrainer
+    from .training.trainer import ExtrapTrainerMixin as ExtrapTrainerMixin
 
 __version__ = "0.1.0"
 
@@ -17,6 +22,7 @@ _HOME = {
     "PRESETS": "optim.config",
     "ExtrapConfig": "optim.config",
     "Extrapolated": "optim.extrapolated",
+    "ExtrapArguments": "training.arguments",
     "ExtrapTrainingArguments": "training.arguments",
     "ExtrapSeq2SeqTrainingArguments": "training.arguments",
     "ExtrapTrainer": "training.trainer",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 import shlex
 import sys
@@ -58,7 +56,7 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     trainer.add_callback(recorder)
     if checkpoint is not None:
         check_checkpoint_matches(checkpoint, prepared.model)
-    untrained = _evaluate_untrained(configuration, prepared, folder, resumed=checkpoint is not None)
+    untrained = _evaluate_untrained(configuration, trainer, folder, resumed=checkpoint is not None)
 
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -141,16 +139,14 @@ def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
 
 
 def _evaluate_untrained(
-    configuration: Configuration, prepared: PreparedTask, folder: RunFolder, resumed: bool
+    configuration: Configuration, trainer: Trainer, folder: RunFolder, resumed: bool
 ) -> dict[str, Any] | None:
     arguments = configuration.training_arguments
     if resumed:
         return folder.read_configuration().get("untrained")
     if not configuration.run.evaluate_untrained or getattr(arguments, "predict_with_generate", False):
         return None
-    # A copy: once it has been evaluated, the stock Trainer takes a model for prepared, and never wraps it for DDP.
-    spare = _make_trainer(configuration, dataclasses.replace(prepared, model=copy.deepcopy(prepared.model)))
-    found = spare.evaluate(metric_key_prefix="untrained")
+    found = trainer.evaluate(metric_key_prefix="untrained")
     # The evaluation drew random numbers: training starts from the seed whether or not there was one.
     set_seed(arguments.seed)
     if arguments.process_index == 0:

@@ -24,8 +24,10 @@ class GradientCapture:
         self._filled: set[int] = set()
         self._scale = 1.0
         self._dtype: torch.dtype | None = None
+        self.listening = False
+        """Whether gradients that come belong to a step in progress."""
         self.seen = False
-        """Whether any gradient has come since `forget`."""
+        """Whether any has come since `forget`."""
         self.pass_squares: list[Tensor] | None = None
         """‖gradient‖² of every pass since statistics were asked for; None while they are not."""
         self._pass_started = False
@@ -56,17 +58,25 @@ class GradientCapture:
         self._into, self._filled, self._scale, self._dtype = buffers, filled, scale, dtype
 
     def start_pass(self) -> None:
-        """Count what comes next as a pass of its own in `pass_squares`."""
+        """What comes next belongs to the step, and is a pass of its own in `pass_squares`."""
+        self.listening = True
         self._pass_started = False
+
+    def stop(self) -> None:
+        """What comes next does not belong to the step."""
+        self.listening = False
+        self._into = None
 
     def forget(self) -> None:
         """Start a step: nothing seen, nothing wanted."""
+        self.stop()
         self.seen = False
-        self._into = None
         self.pass_squares = None
         self._pass_started = False
 
     def _see(self, index: int, grad: Tensor) -> None:
+        if not self.listening:
+            return
         self.seen = True
         grad = grad.detach()
         if grad.layout is not torch.strided:

@@ -126,6 +126,11 @@ class ExtrapConfig:
                 raise ValueError(
                     f"step_size is 'auto', which cannot measure along {self.direction} noise; give a number."
                 )
+            if self.direction_dtype in ("bfloat16", "float16"):
+                raise ValueError(
+                    f"step_size is 'auto', which needs directions in full precision, not direction_dtype "
+                    f"{self.direction_dtype!r}; allowed: float32, or none."
+                )
             if self.scaling != "none":
                 raise ValueError(f"step_size is 'auto', which needs scaling 'none', not {self.scaling!r}.")
             if self.direction == "gradient" and (self.batch != "same" or self.batch_fraction != 1):
@@ -133,6 +138,11 @@ class ExtrapConfig:
                     "step_size is 'auto', which compares two gradients of one batch: it needs batch 'same' and "
                     f"batch_fraction 1, not {self.batch!r} and {self.batch_fraction}."
                 )
+
+    @property
+    def moves(self) -> bool:
+        """Whether any step extrapolates; without, the base optimizer is alone."""
+        return self.is_active(self.start_step)
 
     @property
     def is_fresh(self) -> bool:

@@ -18,7 +18,7 @@ from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import noise
 from .displacement import displace_, scale_direction, total_norm
-from .memory import Buffers, DirectionMemory
+from .memory import Buffers, DirectionMemory, is_finite
 from .statistics import StepStatistics, cosine
 from .step_size import StepSize
 
@@ -106,6 +106,7 @@ class Extrapolated(Optimizer):
         self._probing = False
         self._observed = False
         self._lengths: dict[int, Tensor] = {}
+        self._first_scale: float | None = None
 
     # The base optimizer's face
 
@@ -171,6 +172,7 @@ class Extrapolated(Optimizer):
         params = self._params()
         self._check_engine()
         self.rest()
+        self._base_trains()
         self._capture.attach(params)
         seen, squares = self._capture.seen, self._capture.pass_squares
         kept = [p.grad for p in params]
@@ -181,6 +183,7 @@ class Extrapolated(Optimizer):
         if self._is_local:
             self._capture.into(direction, filled, self._unscale(), self._memory.dtype)
         self._probing = True
+        self._capture.listening = True
         try:
             with self._random_state_kept(), self._unaveraged(model):
                 yield
@@ -195,7 +198,7 @@ class Extrapolated(Optimizer):
             raise
         finally:
             self._probing = False
-            self._capture.into(None, set(), 1.0, None)
+            self._capture.stop()
             self._capture.seen, self._capture.pass_squares = seen, squares
             for p, grad in zip(params, kept, strict=True):
                 p.grad = grad
@@ -212,8 +215,8 @@ class Extrapolated(Optimizer):
         key = self._key(self._select(worker))
         self._pending_probe = False
         self._observed = False
-        if self._x.at is None and hasattr(self.base, "train"):
-            self.base.train()
+        if self._x.at is None:
+            self._base_trains()
         if self.config.direction == "none" and not self.collect_statistics:
             return
         self._check_engine()
@@ -222,9 +225,12 @@ class Extrapolated(Optimizer):
             self._capture.pass_squares = []
         self._capture.start_pass()
         self._sizes.follow(self.param_groups)
-        if self._captures_locally:
+        if self._first_scale is None:
+            self._first_scale = self._grad_scale()
+        if self._captures_locally or self._measures:
             buffers, filled = self._memory.start_capture(key, len(self._params()))
-            self._capture.into(buffers, filled, self._unscale(), self._memory.dtype)
+            unscale = self._unscale() if self._is_local else 1 / self._grad_scale()
+            self._capture.into(buffers, filled, unscale, self._memory.dtype)
         if not self.config.is_active(self.step_count) or self._x.at == key:
             return
         if self._is_probe_step and key not in self._probed:
@@ -235,7 +241,8 @@ class Extrapolated(Optimizer):
         self._move(key)
 
     def rest(self) -> None:
-        """Put x back; within the step, `train` finds the same y again."""
+        """Put x back; within the step, `train` finds the same y again. Gradients that come until then are nobody's."""
+        self._capture.stop()
         self._x.restore(self._params())
 
     def eval(self) -> None:
@@ -248,9 +255,9 @@ class Extrapolated(Optimizer):
     def observe(self) -> None:
         """Look at the averaged gradient after a step's last backward pass and before it is clipped.
 
-        Statistics and the curvature of global scope want it whole; without this call `step` takes it as it finds it.
+        Statistics want it whole; without this call `step` takes it as it finds it.
         """
-        self._observe(1 / self._grad_scale())
+        self._observe(self._gradients(1 / self._grad_scale()), clipped=False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -266,15 +273,13 @@ class Extrapolated(Optimizer):
         """
         loss = self._evaluate(closure) if closure is not None else None
         self.rest()
-        if self.config.direction != "none" or self.collect_statistics:
-            if self.config.direction != "none" and not self._gradients_are_finite():
-                self.discard()
-                return loss
-            self._observe(1.0)
+        if self.config.moves and not is_finite(self._gradients(1.0)):
+            self.discard()
+            return loss
+        self._base_trains()
+        self._observe(self._gradients(1.0), clipped=True)
         if self.config.direction == "past_update" or self.config.max_displacement is not None:
             self._x.keep(self._params(), (i for i, p in enumerate(self._params()) if p.requires_grad))
-        if hasattr(self.base, "train"):
-            self.base.train()
         self.base.step()
         self._look_back()
         self.step_count += 1
@@ -304,6 +309,7 @@ class Extrapolated(Optimizer):
         self._worker = 0
         self._lengths = {}
         self._observed = False
+        self._first_scale = None
         if self._x.at is not None:
             # Parameters must not move between a forward and its backward pass: the next train() moves them.
             self._x.at = NOWHERE
@@ -312,7 +318,7 @@ class Extrapolated(Optimizer):
 
     def _move(self, key: int) -> None:
         params = self._params()
-        self.rest()
+        self._x.restore(params)
         direction = self._direction(key)
         indices = [i for i, d in enumerate(direction) if d is not None]
         if not indices:
@@ -371,14 +377,14 @@ class Extrapolated(Optimizer):
 
     # After the pass at y
 
-    def _observe(self, unscale: float) -> None:
+    def _observe(self, gradients: Buffers, clipped: bool) -> None:
         """Look at the averaged gradient once a step: statistics, and the curvature of global scope."""
         if self._observed:
             return
         self._observed = True
-        gradients = self._gradients(unscale)
         if self._measures and not self._is_local and 0 in self._probed:
-            self._measure(0, gradients)
+            unclip = self._unclip(gradients) if clipped else 1.0
+            self._measure(0, [g if g is None else g * unclip for g in gradients])
         if not self.collect_statistics:
             return
         self._noted.replace("gradient_square", total_norm([g for g in gradients if g is not None]).square())
@@ -433,13 +439,22 @@ class Extrapolated(Optimizer):
     def _gradients(self, unscale: float) -> Buffers:
         return [p.grad if p.grad is None or unscale == 1 else p.grad * unscale for p in self._params()]
 
-    def _gradients_are_finite(self) -> bool:
-        """Of the averaged gradient, and of the local ones that would become directions."""
-        captured = [self._memory.captured_of(worker) for worker in self._memory.captured_workers()]
-        return all(
-            bool(torch.isfinite(total_norm([g for g in gradients if g is not None])))
-            for gradients in [self._gradients(1.0), *captured]
-        )
+    def _unclip(self, averaged: Buffers) -> Tensor:
+        """What clipping by norm has divided the averaged gradient by: ⟨mean of the local ones, ḡ⟩ / ‖ḡ‖².
+
+        One number is averaged over the processes, in steps that measure the curvature of global scope.
+        """
+        local = self._memory.captured_of(0) if 0 in self._memory.captured_workers() else []
+        pairs = [(a, b.to(a)) for a, b in zip(averaged, local, strict=False) if a is not None and b is not None]
+        if not pairs:
+            return torch.ones(())
+        product = torch.stack([torch.sum(a * b).to(pairs[0][0].device) for a, b in pairs]).sum()
+        if _process()[1] > 1:
+            dist.all_reduce(product)
+            product /= _process()[1]
+        factor = product / total_norm([a for a, _ in pairs]).square().clamp_min(torch.finfo(product.dtype).tiny)
+        # What is so near to 1 is rounding, which a small change of the gradient would not bear.
+        return torch.where((factor - 1).abs() < 1e-4, torch.ones_like(factor), factor)
 
     # What the configuration asks of this step
 
@@ -494,9 +509,17 @@ class Extrapolated(Optimizer):
         return 1 / (self.loss_scale * self._grad_scale())
 
     def _notice_abandoned_step(self) -> None:
-        """A step was skipped if its gradients are gone and none was taken: so looks a GradScaler's overflow."""
-        if self._capture.seen and all(p.grad is None for p in self._params()):
+        """A step was given up if its gradients are gone, or if the GradScaler has lowered its scale since it began."""
+        if not self._capture.seen:
+            return
+        overflow = self._first_scale is not None and self._grad_scale() < self._first_scale
+        if overflow or all(p.grad is None for p in self._params()):
             self.discard()
+
+    def _base_trains(self) -> None:
+        """Put a base optimizer that has modes, such as a schedule-free one, into its training mode."""
+        if hasattr(self.base, "train"):
+            self.base.train()
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():

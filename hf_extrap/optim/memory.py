@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .displacement import total_norm
+
 Buffers = list[Tensor | None]
 
 
@@ -47,11 +49,16 @@ class DirectionMemory:
         return [worker for worker, filled in self.filled.items() if filled]
 
     def turn_captured_into_directions(self) -> None:
-        """This step's gradients are the next one's directions; the spent ones' memory takes the next gradients."""
+        """This step's gradients are the next one's directions; the spent ones' memory takes the next gradients.
+
+        A gradient that is not finite, or not in `dtype`, is no direction.
+        """
         for worker in self.captured_workers():
-            spent = self.directions.get(worker, [])
-            self.directions[worker] = self.captured_of(worker)
-            self.captured[worker] = spent
+            spent = self.directions.pop(worker, [])
+            gradients = self.captured_of(worker)
+            if is_finite(gradients):
+                self.directions[worker] = gradients
+                self.captured[worker] = spent
 
     def store(self, worker: int, values: Sequence[Tensor | None]) -> None:
         """Copy these values as the worker's direction."""
@@ -64,6 +71,11 @@ class DirectionMemory:
                 buffers[i] = value.detach().to(self.dtype or value.dtype, copy=True)
             else:
                 buffer.copy_(value)
+
+
+def is_finite(buffers: Buffers) -> bool:
+    """Whether the norm of all tensors is finite; the host waits for it."""
+    return bool(torch.isfinite(total_norm([b for b in buffers if b is not None])))
 
 
 def _of_size(store: dict[int, Buffers], worker: int, size: int) -> Buffers:

@@ -74,6 +74,15 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
                 "yet; allowed: one process or DDP (torchrun, accelerate launch), or extrap 'none'."
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock training, also after an evaluation.
+
+        An evaluation marks the bare model as prepared, and accelerate would then not wrap it for DDP: each process
+        would train alone.
+        """
+        vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
     # Optimizer and schedule
 
     @property

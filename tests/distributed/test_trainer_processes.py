@@ -63,6 +63,11 @@ def test_two_processes_are_two_virtual_workers(
             assert other[name] == pytest.approx(row[name], rel=1e-2, abs=1e-9), name
 
 
+def test_an_evaluation_before_training_changes_nothing(ranks: list[dict[str, Any]]) -> None:
+    """The stock Trainer does not wrap a model for DDP that it has evaluated."""
+    assert torch.equal(ranks[0]["evaluated first"], ranks[0]["extrap-past 1"])
+
+
 def test_none_is_the_stock_trainer_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(ranks[0]["none"], ranks[0]["stock"])
 

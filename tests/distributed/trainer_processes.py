@@ -14,7 +14,7 @@ from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from tiny_trainer import gpt2, marian, train, weights  # noqa: E402
+from tiny_trainer import gpt2, make, marian, train, weights  # noqa: E402
 
 from hf_extrap import PRESETS  # noqa: E402
 
@@ -57,6 +57,11 @@ def main(folder: Path, single_process_checkpoint: str) -> None:
         scale = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 1}
         trainer = train(folder / "scale", model=marian(), extrap=extrap, **scale, train_sampling_strategy="sequential")
         seen[f"gradient norm {extrap}"] = trainer.state.log_history[0]["grad_norm"]
+    evaluated = make(folder / "evaluated", extrap="extrap-past", **COMMON)
+    evaluated.evaluate()
+    evaluated.train()
+    assert isinstance(evaluated.model_wrapped, DistributedDataParallel)
+    seen["evaluated first"] = weights(evaluated)
     warnings.texts.clear()
     for preset in ("extrap-past", "smoothout"):
         fields = {"extrap": preset, "extrap_virtual_workers": 2, **COMMON, **SAVING}

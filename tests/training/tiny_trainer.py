@@ -76,19 +76,22 @@ def arguments(folder: Path | str, kind: type[TrainingArguments] = ExtrapTraining
     return kind(output_dir=str(folder), **{**defaults, **fields})
 
 
-def train(
-    folder: Path | str, kind: type[Trainer] = ExtrapTrainer, model: Any = None, resume: Any = None, **fields: Any
-) -> Trainer:
-    """Train and give back the trainer."""
+def make(folder: Path | str, kind: type[Trainer] = ExtrapTrainer, model: Any = None, **fields: Any) -> Trainer:
+    """A trainer of the toy model."""
     argument_kind = ExtrapTrainingArguments if issubclass(kind, ExtrapTrainer) else TrainingArguments
     callbacks = fields.pop("callbacks", None)
-    trainer = kind(
+    return kind(
         model if model is not None else gpt2(),
         arguments(folder, argument_kind, **fields),
         train_dataset=Sentences(64),
         eval_dataset=Sentences(16),
         callbacks=callbacks,
     )
+
+
+def train(folder: Path | str, kind: type[Trainer] = ExtrapTrainer, resume: Any = None, **fields: Any) -> Trainer:
+    """Train and give back the trainer."""
+    trainer = make(folder, kind, **fields)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
