@@ -97,8 +97,8 @@ def draw_comparison(
             grid[0].plot(steps, mean, label=preset, markersize=4, linewidth=1.5, **style)
             grid[0].fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
         if several_rates and points.get(preset):
-            rates, means, deviations = zip(*sorted(points[preset]), strict=True)
-            grid[1].errorbar(rates, means, deviations, label=preset, capsize=3, markersize=5, linewidth=1.2, **style)
+            at, means, deviations = zip(*sorted(points[preset]), strict=True)
+            grid[1].errorbar(at, means, deviations, label=preset, capsize=3, markersize=5, linewidth=1.2, **style)
     if target is not None:
         grid[0].axhline(target, color="0.5", linestyle=":", linewidth=1)
     for axes, label in zip(grid, ("step", "learning rate"), strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class GradientCapture:
             self._filled.add(index)
 
 
-def _hook(capture: weakref.ref[GradientCapture], index: int):
+def _hook(capture: weakref.ref[GradientCapture], index: int) -> Callable[[Tensor], None]:
     """A hook that keeps nothing alive: parameters outlive optimizers."""
 
     def see(grad: Tensor) -> None:

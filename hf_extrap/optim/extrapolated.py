@@ -111,7 +111,7 @@ class Extrapolated(Optimizer):
     # The base optimizer's face
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own groups."""
         return self.base.param_groups
 
@@ -120,7 +120,7 @@ class Extrapolated(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's own state."""
         return self.base.state
 
@@ -129,7 +129,7 @@ class Extrapolated(Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base optimizer's own defaults."""
         return self.base.defaults
 
@@ -260,7 +260,7 @@ class Extrapolated(Optimizer):
         self._observe(self._gradients(1 / self._grad_scale()), clipped=False)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Put x back, then let the base optimizer step with the gradients.
 
         A gradient that is not finite leaves x and the base optimizer's state as they are, and drops past directions.
@@ -347,8 +347,8 @@ class Extrapolated(Optimizer):
         cap = self.config.max_displacement
         if (cap is None or self._last_length is None) and not self._measures:
             return steps
-        lengths = [total_norm([scaled[i] for i in range(a, b) if i in scaled]) * abs(step) for a, b, step in steps]
-        length = total_norm([n.to(lengths[0]) for n in lengths])
+        norms = [total_norm([scaled[i] for i in range(a, b) if i in scaled]) for a, b, _ in steps]
+        length = total_norm([(norm * step).to(norms[0]) for norm, (_, _, step) in zip(norms, steps, strict=True)])
         if cap is not None and self._last_length is not None:
             tiny = torch.finfo(length.dtype).tiny
             factor = (cap * self._last_length.to(length) / length.clamp_min(tiny)).clamp_max(1)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_extrap.optim.config import Batch, Direction, DirectionDtype, ExtrapConfig, Scaling, Scope
+
+if TYPE_CHECKING:
+    Base = TrainingArguments
+else:
+    Base = object
 
 
 def _override(help_text: str) -> Any:
@@ -17,7 +22,7 @@ def _override(help_text: str) -> Any:
 
 
 @dataclass
-class ExtrapArguments:
+class ExtrapArguments(Base):
     """Fields that a `TrainingArguments` gains: put this class before it among the bases of a new one.
 
     Parameters that control the extrapolation:
@@ -78,14 +83,14 @@ class ExtrapArguments:
         if self.extrap_virtual_workers < 1:
             raise ValueError(f"extrap_virtual_workers is {self.extrap_virtual_workers}; allowed: a whole number >= 1.")
         if self.extrap_virtual_workers > 1:
-            if self.gradient_accumulation_steps not in (1, self.extrap_virtual_workers):  # type: ignore[has-type]
+            if self.gradient_accumulation_steps not in (1, self.extrap_virtual_workers):
                 raise ValueError(
-                    f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and "  # type: ignore[has-type]
+                    f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and "
                     f"extrap_virtual_workers is {self.extrap_virtual_workers}; allowed: the same number, or 1, since "
                     "each micro-batch is a worker."
                 )
-            self.gradient_accumulation_steps = self.extrap_virtual_workers
-        super().__post_init__()  # type: ignore[misc]
+            self.gradient_accumulation_steps: int = self.extrap_virtual_workers
+        super().__post_init__()
         self.extrap_config()
         self._check_learning_rate()
 
@@ -99,13 +104,13 @@ class ExtrapArguments:
                 f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, the batch size that learning_rate "
                 "was tuned at."
             )
-        if self.warmup_epochs < 0 or (self.warmup_epochs and self.warmup_steps):  # type: ignore[attr-defined]
+        if self.warmup_epochs < 0 or (self.warmup_epochs and self.warmup_steps):
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; allowed: >= 0, and 0 beside warmup_steps.")
         inside = all(0 < share < 1 for share in self.lr_milestones)
         if not inside or sorted(self.lr_milestones) != self.lr_milestones:
             raise ValueError(f"lr_milestones is {self.lr_milestones}; allowed: increasing shares in (0, 1).")
-        if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":  # type: ignore[attr-defined]
-            raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")  # type: ignore[attr-defined]
+        if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":
+            raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")
 
     def extrap_config(self) -> ExtrapConfig:
         """The scheme that `extrap` and the `extrap_*` fields name.
@@ -123,14 +128,14 @@ class ExtrapArguments:
                 given["step_size"] = float(given["step_size"])
             except ValueError:
                 raise ValueError(f"extrap_step_size is {given['step_size']!r}; allowed: a number, or 'auto'.") from None
-        given.setdefault("seed", self.seed)  # type: ignore[attr-defined]
+        given.setdefault("seed", self.seed)
         return ExtrapConfig.preset(self.extrap, **given)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of the warm-up; `warmup_epochs` is its share of all epochs."""
         if self.warmup_epochs:
-            return math.ceil(num_training_steps * min(1.0, self.warmup_epochs / self.num_train_epochs))  # type: ignore[attr-defined]
-        return super().get_warmup_steps(num_training_steps)  # type: ignore[misc]
+            return math.ceil(num_training_steps * min(1.0, self.warmup_epochs / self.num_train_epochs))
+        return super().get_warmup_steps(num_training_steps)
 
 
 @dataclass

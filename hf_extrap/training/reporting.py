@@ -5,20 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hf_extrap.optim.extrapolated import Extrapolated
 
-from .carried_state import CarriedState, State
+from .base import MixinBase
+from .carried_state import State
 from .diagnostics import GradientNoiseScale
-
-if TYPE_CHECKING:
-    from transformers import Trainer as TrainerBase
-else:
-    TrainerBase = object
 
 EVALUATION = "evaluation"
 """The slot of the recurrent states of evaluations."""
@@ -26,12 +22,10 @@ EVALUATION = "evaluation"
 SHARED = ("displacement_norm", "step_size", "direction_cosine", "gradient_square", "pass_square", "passes")
 
 
-class ReportingMixin(TrainerBase):
+class ReportingMixin(MixinBase):
     """Logs on every logging step, and at every evaluation while training."""
 
-    extrapolated: Extrapolated | None
     batch_size_unit: float
-    _carried: CarriedState
 
     def _start_reporting(self) -> None:
         self._noise_scale = GradientNoiseScale()
@@ -98,7 +92,7 @@ class ReportingMixin(TrainerBase):
         def loss() -> Tensor:
             self._carried.put(EVALUATION, state)
             with self._probing(), self.compute_loss_context_manager():
-                return self.compute_loss(model, self._prepare_inputs(dict(inputs)))
+                return cast(Tensor, self.compute_loss(model, self._prepare_inputs(dict(inputs))))
 
         model.eval()
         try:

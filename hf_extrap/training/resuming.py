@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from hf_extrap.optim.extrapolated import Extrapolated
-
-from .carried_state import CarriedState
+from .base import MixinBase
 from .checkpoints import check_checkpoint_matches
 from .diagnostics import GradientNoiseScale
 from .rank_state import load_rank_state, rank_file, save_rank_state
 
-if TYPE_CHECKING:
-    from transformers import Trainer as TrainerBase
-else:
-    TrainerBase = object
-
 logger = logging.getLogger(__name__)
 
 
-class ResumingMixin(TrainerBase):
+class ResumingMixin(MixinBase):
     """A resumed run is the uninterrupted one: directions, recurrent states and earlier batches of every process."""
 
-    extrapolated: Extrapolated | None
-    _carried: CarriedState
     _noise_scale: GradientNoiseScale
     _step_batches: list[dict[str, Any]]
     _step_states: dict[str, Tensor]

@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
@@ -85,36 +86,27 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
 
     # Optimizer and schedule
 
-    @property
-    def extrapolated(self) -> Extrapolated | None:
-        """The wrapper, wherever accelerate has put it; None before `create_optimizer`, and under DeepSpeed and FSDP."""
-        optimizer = self.optimizer
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        return optimizer if isinstance(optimizer, Extrapolated) else None
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The base optimizer, its learning rate scaled to the batch, inside `Extrapolated`."""
         ours = self.optimizer is None
-        super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
         if ours:
             factor = self._learning_rate_factor()
-            for group in self.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 if group.get("lr") is not None:
                     group["lr"] *= factor
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.extrapolated is not None:
-            return self.optimizer
-        if not isinstance(self.optimizer, AcceleratedOptimizer):
-            self.optimizer = Extrapolated(
-                self.optimizer,
+        prepared = isinstance(optimizer, AcceleratedOptimizer) or self.extrapolated is not None
+        if not (prepared or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self.optimizer = optimizer = Extrapolated(
+                optimizer,
                 self._extrap_config,
                 virtual_workers=self.args.extrap_virtual_workers,
                 grad_scaler=self.accelerator.scaler,
             )
-        return self.optimizer
+        return optimizer
 
     def _learning_rate_factor(self) -> float:
-        if self.args.lr_scaling == "none":
+        if self.args.lr_scaling == "none" or self.args.base_batch_size is None:
             return 1.0
         batch_size = self.get_total_train_batch_size(self.args) * self.batch_size_unit
         factor = scaled_learning_rate_factor(self.args.lr_scaling, batch_size, self.args.base_batch_size)
@@ -125,7 +117,7 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The stock choice, with momentum for `optim: sgd`."""
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if getattr(args, "sgd_momentum", 0.0):
+        if isinstance(args, ExtrapArguments) and args.sgd_momentum:
             kwargs |= {"momentum": args.sgd_momentum, "nesterov": args.sgd_nesterov}
         return optimizer_class, kwargs
 
@@ -134,7 +126,7 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
         if self.lr_scheduler is None and self.args.lr_milestones:
             warmup = self.args.get_warmup_steps(num_training_steps)
             rate = step_decay(num_training_steps, warmup, self.args.lr_milestones, self.args.lr_milestone_factor)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+            self.lr_scheduler = LambdaLR(optimizer or cast(torch.optim.Optimizer, self.optimizer), rate)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -205,7 +197,7 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
     @contextmanager
     def _averaging(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Under DDP, average the gradients of a global direction once, with its last pass."""
-        if self._extrap_config.scope == "local" or not hasattr(model, "require_backward_grad_sync"):
+        if self._extrap_config.scope == "local" or not isinstance(model, DistributedDataParallel):
             yield
             return
         before = model.require_backward_grad_sync
@@ -244,7 +236,7 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), self.compute_loss_context_manager():
                 one, two = (
-                    float(super(ExtrapTrainerMixin, self).compute_loss(model, batch, num_items_in_batch=count))
+                    float(cast(Tensor, super(ExtrapTrainerMixin, self).compute_loss(model, batch, False, count)))
                     for batch, count in (
                         (self._prepare_inputs(dict(inputs)), torch.tensor(n)) for n in (1000.0, 2000.0)
                     )

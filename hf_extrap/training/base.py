@@ -1,0 +1,34 @@
+"""What the parts of the mixin share: where the wrapper is, and the types of what the Trainer brings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from hf_extrap.optim.extrapolated import Extrapolated
+
+from .arguments import ExtrapTrainingArguments
+from .carried_state import CarriedState
+
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
+
+
+class MixinBase(TrainerBase):
+    """A part of `ExtrapTrainerMixin`, which stands before a Trainer among the bases of a class."""
+
+    args: ExtrapTrainingArguments
+    model: nn.Module
+    _carried: CarriedState
+
+    @property
+    def extrapolated(self) -> Extrapolated | None:
+        """The wrapper, wherever accelerate has put it; None before `create_optimizer`, and under DeepSpeed and FSDP."""
+        optimizer = self.optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        return optimizer if isinstance(optimizer, Extrapolated) else None
