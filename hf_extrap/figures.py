@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -19,7 +19,7 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
     ("learning_rate", "Learning rate", False),
     ("extrap/step_size", "Extrapolation step size", False),
     ("extrap/displacement_norm", "Displacement ‖x − y‖", False),
-    ("extrap/direction_cosine", "Cosine of local and mean gradient", False),
+    ("extrap/direction_cosine", "Cosine of direction and mean gradient", False),
     ("extrap/gradient_noise_scale", "Gradient noise scale", True),
 )
 
@@ -52,7 +52,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     panels.append(("Loss", losses, False))
     panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
-    panels = [(name, lines, log) for name, lines, log in panels if any(steps for steps, _ in lines.values())]
+    # One point is a number, not a curve; beside the training loss it is worth its place.
+    panels = [(name, lines, log) for name, lines, log in panels if any(len(steps) > 1 for steps, _ in lines.values())]
     columns = min(2, max(1, len(panels)))
     count = -(-len(panels) // columns) if panels else 1
     figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
@@ -149,12 +150,6 @@ def _finish(axes: Axes, logarithmic: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if logarithmic:
         axes.set_yscale("log")
-        plain = EngFormatter(places=None)
-        axes.yaxis.set_major_formatter(plain)
-        axes.yaxis.set_minor_formatter(lambda value, _: plain(value) if _few_decades(axes) else "")
-        axes.tick_params(axis="y", which="minor", labelsize=8)
-
-
-def _few_decades(axes: Axes) -> bool:
-    low, high = axes.get_ylim()
-    return low > 0 and high / low < 20
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.yaxis.set_minor_locator(NullLocator())

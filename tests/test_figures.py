@@ -12,6 +12,7 @@ from hf_extrap.figures import COLOURS, draw_comparison, draw_curves, series
 ROWS = [
     *({"step": s, "loss": 5 - s / 10, "learning_rate": 0.1, "extrap/step_size": 0.02} for s in range(1, 11)),
     {"step": 5, "eval_loss": 4.6, "eval_perplexity": 99.5},
+    {"step": 8, "eval_loss": 4.4, "eval_perplexity": 81.5},
     {"step": 10, "eval_loss": 4.2, "eval_perplexity": None},
 ]
 
@@ -23,7 +24,7 @@ def has_colour(path: Path, colour: str, least: int = 20) -> bool:
 
 
 def test_series_leave_out_what_is_not_a_number() -> None:
-    assert series(ROWS, "eval_perplexity") == ([5], [99.5])
+    assert series(ROWS, "eval_perplexity") == ([5, 8], [99.5, 81.5])
     assert series(ROWS, "missing") == ([], [])
 
 
@@ -34,6 +35,11 @@ def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
     assert has_colour(tmp_path / "curves.png", COLOURS[1])
     width = matplotlib.image.imread(tmp_path / "curves.png").shape[1]
     assert 1000 <= width <= 1200
+
+
+def test_one_evaluation_is_no_curve(tmp_path: Path) -> None:
+    drawn = draw_curves(ROWS[:11], "perplexity", tmp_path / "curves.png")
+    assert drawn == ["Loss", "Learning rate", "Extrapolation step size"]
 
 
 def test_a_history_without_numbers_still_gives_a_figure(tmp_path: Path) -> None:
