@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_extrap.figures import spoken
+from hf_extrap.optim.config import ExtrapConfig
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -69,6 +70,26 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
         data_rows=_fact_rows({**facts, "dataset": dataset}),
         loading=_loading(model),
     )
+
+
+def add_extrapolation(path: Path, preset: str, config: ExtrapConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Tell in a stock model card what the stock Trainer does not know: the scheme, and the real base optimizer.
+
+    Args:
+        path: of the card; its metadata stay as they are, apart from the tags.
+        preset: the scheme's name.
+        config: the scheme.
+        optimizer: of the training, in whatever wrappers.
+    """
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), "hf_extrap", f"extrap:{preset}", "arxiv:2006.05720"})
+    fields = yaml.safe_dump(config.to_dict(), sort_keys=False).strip()
+    card.text += (
+        f"\n\n### Extrapolation\n\nGradients were taken at extrapolated points by `hf_extrap`, preset `{preset}`, and "
+        f"stepped by {optimizer_name(optimizer)}. The training loss is the loss at the extrapolated point; evaluations "
+        f"and weights are at the parameters themselves.\n\n```yaml\n{fields}\n```\n"
+    )
+    card.save(path)
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from hf_extrap.optim.extrapolated import Extrapolated
 from .base import MixinBase
 from .carried_state import State
 from .diagnostics import GradientNoiseScale
+from .model_card import add_extrapolation
 
 EVALUATION = "evaluation"
 """The slot of the recurrent states of evaluations."""
@@ -75,6 +77,13 @@ class ReportingMixin(MixinBase):
             self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
             logs["extrap/gradient_noise_scale"] = self._noise_scale.value
         return logs
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The stock card, as `push_to_hub` writes it, with the scheme and the base optimizer's real name."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and (optimizer := self.extrapolated) is not None:
+            card = Path(str(self.args.output_dir)) / "README.md"
+            add_extrapolation(card, self.args.extrap, optimizer.config, optimizer)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The stock evaluation, at x; while training, the last batch's loss at x and at y is logged beside it."""

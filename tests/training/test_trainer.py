@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -218,6 +219,15 @@ def test_every_logging_step_tells_what_the_extrapolation_did(tmp_path: Path) -> 
     evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]
     # Along a descent direction the loss is lower at y.
     assert all(row["eval_extrap/loss_at_y"] < row["eval_extrap/loss_at_x"] for row in evaluated)
+
+
+def test_its_own_card_names_the_scheme_and_the_real_optimizer(tmp_path: Path) -> None:
+    trainer = train(tmp_path, extrap="extrap-past", extrap_step_ratio=0.25, max_steps=1)
+    trainer.create_model_card(model_name="toy")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"hf_extrap", "extrap:extrap-past", "arxiv:2006.05720"} <= set(card.data.tags)
+    assert "stepped by SGD" in card.text
+    assert "direction: past_gradient" in card.text and "step_ratio: 0.25" in card.text
 
 
 def test_one_worker_has_no_noise_scale_and_the_base_optimizer_alone_has_one_with_two(tmp_path: Path) -> None:
