@@ -55,9 +55,9 @@ class Extrapolated(Optimizer):
         step_count: steps taken.
         skipped_steps: steps given up for an overflow or a gradient that is not finite.
         collect_statistics: whether the next step fills `statistics`.
-        statistics: of the last step that collected any: `displacement_norm`, `step_size`, `direction_cosine` (of the
-            local direction with the averaged gradient), `gradient_square` (‖ḡ‖²), `pass_square` (mean of ‖g‖² over
-            this process's passes, each in the units of the mean loss), `passes`.
+        statistics: of the last step that collected any: `displacement_norm`, `step_length` (of x), `step_size`,
+            `direction_cosine` (of the local direction with the averaged gradient), `gradient_square` (‖ḡ‖²),
+            `pass_square` (mean of ‖g‖² over this process's passes, each in the units of the mean loss), `passes`.
 
     Raises:
         TypeError: if `base` is not a torch optimizer.
@@ -278,7 +278,7 @@ class Extrapolated(Optimizer):
             return loss
         self._base_trains()
         self._observe(self._gradients(1.0), clipped=True)
-        if self.config.direction == "past_update" or self.config.max_displacement is not None:
+        if self._needs_step_length or self.config.direction == "past_update":
             self._x.keep(self._params(), (i for i, p in enumerate(self._params()) if p.requires_grad))
         self.base.step()
         self._look_back()
@@ -413,9 +413,10 @@ class Extrapolated(Optimizer):
         if self._measures and self._is_local:
             for worker in self._probed.intersection(self._memory.captured_workers()):
                 self._measure(worker, self._memory.captured_of(worker))
-        if self.config.max_displacement is not None:
+        if self._needs_step_length:
             params = self._params()
             self._last_length = total_norm([x.sub(params[i]) for i, x in self._x.kept.items()])
+            self._noted.note("step_length", self._last_length)
         if not self.config.is_past or not self.config.is_active(self.step_count + 1):
             self._memory.directions.clear()
         elif self.config.direction == "past_update":
@@ -461,6 +462,10 @@ class Extrapolated(Optimizer):
     @property
     def _is_local(self) -> bool:
         return self.config.scope == "local" and self.config.direction != "past_update"
+
+    @property
+    def _needs_step_length(self) -> bool:
+        return self.config.max_displacement is not None or self.collect_statistics
 
     @property
     def _is_probe_step(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,23 @@ from .carried_state import State
 from .diagnostics import GradientNoiseScale
 from .model_card import add_extrapolation
 
+logger = logging.getLogger(__name__)
+
 EVALUATION = "evaluation"
 """The slot of the recurrent states of evaluations."""
 
-SHARED = ("displacement_norm", "step_size", "direction_cosine", "gradient_square", "pass_square", "passes")
+NO_EFFECT = 0.01
+"""Share of the optimizer's step below which a displacement is not worth its name."""
+
+SHARED = (
+    "displacement_norm",
+    "step_length",
+    "step_size",
+    "direction_cosine",
+    "gradient_square",
+    "pass_square",
+    "passes",
+)
 
 
 class ReportingMixin(MixinBase):
@@ -34,6 +48,7 @@ class ReportingMixin(MixinBase):
         self._last_pass: tuple[dict[str, Any], State | None] | None = None
         self._losses_side_by_side: dict[str, float] = {}
         self._is_probing = False
+        self._warned_of_no_effect = False
 
     @contextmanager
     def _probing(self) -> Iterator[None]:
@@ -67,6 +82,9 @@ class ReportingMixin(MixinBase):
         means = self.accelerator.reduce(local.to(torch.float32).to(self.args.device), "mean").tolist()
         mean = dict(zip(SHARED, means, strict=True))
         logs = {f"extrap/{name}": mean[name] for name in ("displacement_norm", "step_size")}
+        if mean["step_length"] > 0:
+            logs["extrap/displacement_share"] = mean["displacement_norm"] / mean["step_length"]
+            self._warn_of_no_effect(logs["extrap/displacement_share"])
         if "direction_cosine" in seen:
             logs["extrap/direction_cosine"] = mean["direction_cosine"]
         logs["extrap/loss_at_y"] = loss
@@ -77,6 +95,16 @@ class ReportingMixin(MixinBase):
             self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
             logs["extrap/gradient_noise_scale"] = self._noise_scale.value
         return logs
+
+    def _warn_of_no_effect(self, share: float) -> None:
+        """Say once that y is as good as x, which happens to raw gradients beside Adam's much longer steps."""
+        if 0 < share < NO_EFFECT and not self._warned_of_no_effect:
+            self._warned_of_no_effect = True
+            logger.warning(
+                "the extrapolation moves by %.1e of a step of the optimizer, which changes next to nothing: give a "
+                "larger extrap_step_ratio or extrap_step_size, until extrap/displacement_share is 0.05 or more",
+                share,
+            )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The stock card, as `push_to_hub` writes it, with the scheme and the base optimizer's real name."""

@@ -221,6 +221,18 @@ def test_every_logging_step_tells_what_the_extrapolation_did(tmp_path: Path) -> 
     assert all(row["eval_extrap/loss_at_y"] < row["eval_extrap/loss_at_x"] for row in evaluated)
 
 
+def test_a_move_too_short_to_matter_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fields = {"extrap": "extrap-past", "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4}
+    trainer = train(tmp_path / "default", **fields)
+    assert 0 < trainer.state.log_history[1]["extrap/displacement_share"] < 0.01
+    assert caplog.text.count("changes next to nothing") == 1
+    caplog.clear()
+    far = train(tmp_path / "far", extrap_step_size="0.02", **fields)
+    row = far.state.log_history[1]
+    assert row["extrap/displacement_share"] > 0.05
+    assert "next to nothing" not in caplog.text
+
+
 def test_its_own_card_names_the_scheme_and_the_real_optimizer(tmp_path: Path) -> None:
     trainer = train(tmp_path, extrap="extrap-past", extrap_step_ratio=0.25, max_steps=1)
     trainer.create_model_card(model_name="toy")
