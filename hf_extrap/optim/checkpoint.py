@@ -22,7 +22,7 @@ def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
         "skipped_steps": optimizer.skipped_steps,
         "peak_lr": list(optimizer._sizes.peak_lr),
         "last_length": optimizer._last_length,
-        "local": local_state(optimizer) if not optimizer._is_local or _world_size() == 1 else None,
+        "local": local_state(optimizer) if not optimizer.config.is_local or _world_size() == 1 else None,
     }
 
 
@@ -86,7 +86,7 @@ def load_local_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
 def _owner(optimizer: Extrapolated) -> dict[str, Any]:
     """Who can use these directions: global ones fit any number of workers."""
     owner: dict[str, Any] = {"direction": optimizer.config.direction, "scope": optimizer.config.scope}
-    if optimizer._is_local:
+    if optimizer.config.is_local:
         rank = dist.get_rank() if _world_size() > 1 else 0
         owner |= {"world_size": _world_size(), "virtual_workers": optimizer.virtual_workers, "rank": rank}
     return owner

@@ -165,6 +165,26 @@ class ExtrapConfig:
             return False
         return self.start_step <= step and (self.end_step is None or step < self.end_step)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether workers differ in their directions; the last update of x is the same for all of them."""
+        return self.scope == "local" and self.direction != "past_update"
+
+    def probes(self, step: int) -> bool:
+        """Whether step `step` looks along a fresh gradient, which must be taken at x before."""
+        if not self.is_active(step):
+            return False
+        return self.is_fresh or (self.step_size == "auto" and self.is_past and step % self.probe_every == 0)
+
+    def measures(self, step: int) -> bool:
+        """Whether step `step` compares its gradients at x and at y: the curvature, for `auto`."""
+        return self.step_size == "auto" and self.probes(step)
+
+    def captures(self, step: int) -> bool:
+        """Whether each worker's own gradient of step `step` is wanted: as the next direction, or to compare."""
+        past = self.direction == "past_gradient" and self.is_active(step + 1)
+        return self.is_local and (past or self.measures(step))
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ExtrapConfig:
         """A named scheme, with some of its fields replaced.

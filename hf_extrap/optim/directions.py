@@ -1,9 +1,10 @@
-"""Directions that are drawn, and seeds that depend on nothing but where they are used."""
+"""Directions that are drawn or looked back at, and seeds that depend on nothing but where they are used."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +46,25 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
     """A generator seeded by `key` alone, alike in every process and on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def last_update(
+    groups: Sequence[Mapping[str, Any]], x: Mapping[int, Tensor], learning_rate: Callable[[Mapping[str, Any]], float]
+) -> list[Tensor | None]:
+    """(x_{t−1} − x_t) / lr, the base optimizer's own direction; None for what was not stepped.
+
+    Args:
+        groups: of the optimizer, whose parameters hold x_t.
+        x: x_{t−1} by the index of the parameter among all groups.
+        learning_rate: of a group.
+    """
+    update: list[Tensor | None] = []
+    for group in groups:
+        rate = learning_rate(group)
+        for p in group["params"]:
+            before = x.get(len(update))
+            if before is None or p.grad is None or rate == 0:
+                update.append(None)
+            else:
+                update.append(before.to(torch.promote_types(p.dtype, torch.float32)).sub(p).div_(rate))
+    return update

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import checkpoint
 from .base_iterate import BaseIterate
 from .capture import GradientCapture
 from .config import ExtrapConfig
-from .directions import noise
+from .directions import last_update, noise
 from .displacement import displace_, scale_direction, total_norm
 from .memory import Buffers, DirectionMemory, is_finite
-from .statistics import StepStatistics, cosine
+from .statistics import StepStatistics, clipping_factor, cosine
 from .step_size import StepSize
 
 logger = logging.getLogger(__name__)
@@ -153,9 +154,9 @@ class Extrapolated(Optimizer):
     def wants_probe(self) -> bool:
         """Whether a gradient at x, inside `probing`, must come before the next `train`."""
         self._notice_abandoned_step()
-        if self._pending_probe or not self._is_probe_step:
+        if self._pending_probe or not self.config.probes(self.step_count):
             return False
-        return len(self._probed) < (self.virtual_workers if self._is_local else 1)
+        return len(self._probed) < (self.virtual_workers if self.config.is_local else 1)
 
     @contextmanager
     def probing(self, worker: int | None = None, model: torch.nn.Module | None = None) -> Iterator[None]:
@@ -180,14 +181,14 @@ class Extrapolated(Optimizer):
             p.grad = None
         self._capture.pass_squares = None
         direction, filled = self._memory.start_direction(key, len(params)), set[int]()
-        if self._is_local:
+        if self.config.is_local:
             self._capture.into(direction, filled, self._unscale(), self._memory.dtype)
         self._probing = True
         self._capture.listening = True
         try:
             with self._random_state_kept(), self._unaveraged(model):
                 yield
-            if self._is_local:
+            if self.config.is_local:
                 self._memory.directions[key] = [d if i in filled else None for i, d in enumerate(direction)]
             else:
                 self._memory.store(key, self._gradients(1 / self._grad_scale()))
@@ -227,13 +228,13 @@ class Extrapolated(Optimizer):
         self._sizes.follow(self.param_groups)
         if self._first_scale is None:
             self._first_scale = self._grad_scale()
-        if self._captures_locally or self._measures:
+        if self.config.captures(self.step_count) or self._measures:
             buffers, filled = self._memory.start_capture(key, len(self._params()))
-            unscale = self._unscale() if self._is_local else 1 / self._grad_scale()
+            unscale = self._unscale() if self.config.is_local else 1 / self._grad_scale()
             self._capture.into(buffers, filled, unscale, self._memory.dtype)
         if not self.config.is_active(self.step_count) or self._x.at == key:
             return
-        if self._is_probe_step and key not in self._probed:
+        if self.config.probes(self.step_count) and key not in self._probed:
             raise RuntimeError(
                 f"direction {self.config.direction!r} needs a gradient at x first: "
                 "`if optimizer.wants_probe: with optimizer.probing(): loss.backward()` before optimizer.train()."
@@ -382,9 +383,9 @@ class Extrapolated(Optimizer):
         if self._observed:
             return
         self._observed = True
-        if self._measures and not self._is_local and 0 in self._probed:
-            unclip = self._unclip(gradients) if clipped else 1.0
-            self._measure(0, [g if g is None else g * unclip for g in gradients])
+        if self._measures and not self.config.is_local and 0 in self._probed:
+            factor = clipping_factor(gradients, self._memory.captured_of(0)) if clipped else 1.0
+            self._measure(0, [g if g is None else g / factor for g in gradients])
         if not self.collect_statistics:
             return
         self._noted.replace("gradient_square", total_norm([g for g in gradients if g is not None]).square())
@@ -397,7 +398,7 @@ class Extrapolated(Optimizer):
 
     def _directions_at_hand(self) -> list[Buffers]:
         """The directions of this step, or, from the past, the local gradients that will be the next one's."""
-        if self.config.direction == "past_gradient" and self._is_local:
+        if self.config.direction == "past_gradient" and self.config.is_local:
             return [self._memory.captured_of(worker) for worker in self._memory.captured_workers()]
         return list(self._memory.directions.values())
 
@@ -410,7 +411,7 @@ class Extrapolated(Optimizer):
 
     def _look_back(self) -> None:
         """Turn what this step saw into what the next one looks along."""
-        if self._measures and self._is_local:
+        if self._measures and self.config.is_local:
             for worker in self._probed.intersection(self._memory.captured_workers()):
                 self._measure(worker, self._memory.captured_of(worker))
         if self._needs_step_length:
@@ -420,78 +421,33 @@ class Extrapolated(Optimizer):
         if not self.config.is_past or not self.config.is_active(self.step_count + 1):
             self._memory.directions.clear()
         elif self.config.direction == "past_update":
-            self._memory.store(0, self._last_update())
-        elif self._is_local:
+            self._memory.store(0, last_update(self.param_groups, self._x.kept, self._sizes.learning_rate))
+        elif self.config.is_local:
             self._memory.turn_captured_into_directions()
         else:
             self._memory.store(0, self._gradients(1.0))
 
-    def _last_update(self) -> Buffers:
-        """(x_{t−1} − x_t) / lr, the base optimizer's own direction."""
-        update: Buffers = []
-        for group in self.param_groups:
-            rate = self._sizes.learning_rate(group)
-            for p in group["params"]:
-                x = self._x.kept.get(len(update))
-                stepped = x is not None and p.grad is not None and rate > 0
-                update.append(x.to(torch.promote_types(p.dtype, torch.float32)).sub(p).div_(rate) if stepped else None)  # type: ignore[union-attr]
-        return update
-
     def _gradients(self, unscale: float) -> Buffers:
         return [p.grad if p.grad is None or unscale == 1 else p.grad * unscale for p in self._params()]
 
-    def _unclip(self, averaged: Buffers) -> Tensor:
-        """What clipping by norm has divided the averaged gradient by: ⟨mean of the local ones, ḡ⟩ / ‖ḡ‖².
-
-        One number is averaged over the processes, in steps that measure the curvature of global scope.
-        """
-        local = self._memory.captured_of(0) if 0 in self._memory.captured_workers() else []
-        pairs = [(a, b.to(a)) for a, b in zip(averaged, local, strict=False) if a is not None and b is not None]
-        if not pairs:
-            return torch.ones(())
-        product = torch.stack([torch.sum(a * b).to(pairs[0][0].device) for a, b in pairs]).sum()
-        if _process()[1] > 1:
-            dist.all_reduce(product)
-            product /= _process()[1]
-        factor = product / total_norm([a for a, _ in pairs]).square().clamp_min(torch.finfo(product.dtype).tiny)
-        # What is so near to 1 is rounding, which a small change of the gradient would not bear.
-        return torch.where((factor - 1).abs() < 1e-4, torch.ones_like(factor), factor)
-
     # What the configuration asks of this step
-
-    @property
-    def _is_local(self) -> bool:
-        return self.config.scope == "local" and self.config.direction != "past_update"
 
     @property
     def _needs_step_length(self) -> bool:
         return self.config.max_displacement is not None or self.collect_statistics
 
     @property
-    def _is_probe_step(self) -> bool:
-        """Whether this step looks along a fresh gradient."""
-        if not self.config.is_active(self.step_count):
-            return False
-        due = self.step_count % self.config.probe_every == 0
-        return self.config.is_fresh or (self.config.step_size == "auto" and self.config.is_past and due)
-
-    @property
     def _measures(self) -> bool:
-        return self.config.step_size == "auto" and self._is_probe_step
-
-    @property
-    def _captures_locally(self) -> bool:
-        past = self.config.direction == "past_gradient" and self.config.is_active(self.step_count + 1)
-        return self._is_local and (past or self._measures)
+        return self.config.measures(self.step_count)
 
     def _key(self, worker: int) -> int:
         """Whose direction a worker uses: its own, or the one of all."""
-        return worker if self._is_local else 0
+        return worker if self.config.is_local else 0
 
     def _worker_number(self, key: int) -> int:
         """The number of this process's worker among those of all processes; 0 for all in global scope."""
         rank, world_size = _process()
-        return key * world_size + rank if self._is_local else 0
+        return key * world_size + rank if self.config.is_local else 0
 
     def _select(self, worker: int | None) -> int:
         if worker is not None:
@@ -544,10 +500,12 @@ class Extrapolated(Optimizer):
         return torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices), device_type=kind)
 
     def _unaveraged(self, model: torch.nn.Module | None) -> Any:
-        return model.no_sync() if model is not None and self._is_local and hasattr(model, "no_sync") else nullcontext()  # type: ignore[operator]
+        if self.config.is_local and isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        return nullcontext()
 
     def _check_engine(self) -> None:
-        if self._is_local and self.config.direction != "none" and not self.config.is_noise:
+        if self.config.is_local and self.config.direction != "none" and not self.config.is_noise:
             for p in self._params():
                 if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
                     raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .displacement import total_norm
@@ -39,3 +40,25 @@ def cosine(direction: Sequence[Tensor | None], gradient: Sequence[Tensor | None]
     norms = total_norm([d for d, _ in pairs]) * total_norm([g for _, g in pairs])
     dot = torch.stack([torch.sum(d * g).to(norms) for d, g in pairs]).sum()
     return dot / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def clipping_factor(averaged: Sequence[Tensor | None], local: Sequence[Tensor | None]) -> Tensor:
+    """What clipping by norm has multiplied the averaged gradient by: ‖ḡ‖² / ⟨mean of the local ones, ḡ⟩.
+
+    A collective call: one number is averaged over the processes.
+
+    Args:
+        averaged: ḡ, clipped or not.
+        local: this process's own gradient, which was not.
+    """
+    pairs = [(a, b.to(a)) for a, b in zip(averaged, local, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return torch.ones(())
+    square = total_norm([a for a, _ in pairs]).square()
+    product = torch.stack([torch.sum(a * b).to(square) for a, b in pairs]).sum()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(product)
+        product /= dist.get_world_size()
+    factor = square / torch.where(product == 0, torch.ones_like(product), product)
+    # What is so near to 1 is rounding, and the small change of the gradient would not bear it.
+    return torch.where(((factor - 1).abs() < 1e-4) | (product == 0), torch.ones_like(factor), factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class StepSize:
         smoothed = torch.where(before > 0, SMOOTHING * before + (1 - SMOOTHING) * measured, measured)
         self.curvature[worker] = torch.where(usable, smoothed, before)
 
-    def learning_rate(self, group: dict[str, Any]) -> float:
+    def learning_rate(self, group: Mapping[str, Any]) -> float:
         """The group's learning rate as a number."""
         if group.get("lr") is None:
             raise ValueError(
