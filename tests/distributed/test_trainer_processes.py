@@ -68,6 +68,11 @@ def test_an_evaluation_before_training_changes_nothing(ranks: list[dict[str, Any
     assert torch.equal(ranks[0]["evaluated first"], ranks[0]["extrap-past 1"])
 
 
+@pytest.mark.parametrize("preset", ["extrap", "extragradient"])
+def test_evaluations_between_steps_change_nothing(ranks: list[dict[str, Any]], preset: str) -> None:
+    assert torch.equal(ranks[0][f"{preset} with evaluations"], ranks[0][f"{preset} 1"])
+
+
 def test_none_is_the_stock_trainer_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(ranks[0]["none"], ranks[0]["stock"])
 

@@ -62,6 +62,9 @@ def main(folder: Path, single_process_checkpoint: str) -> None:
     evaluated.train()
     assert isinstance(evaluated.model_wrapped, DistributedDataParallel)
     seen["evaluated first"] = weights(evaluated)
+    for preset in ("extrap", "extragradient"):
+        busy = train(folder / "busy", extrap=preset, eval_strategy="steps", eval_steps=2, **COMMON)
+        seen[f"{preset} with evaluations"] = weights(busy)
     warnings.texts.clear()
     for preset in ("extrap-past", "smoothout"):
         fields = {"extrap": preset, "extrap_virtual_workers": 2, **COMMON, **SAVING}
