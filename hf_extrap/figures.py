@@ -52,8 +52,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     panels.append(("Loss", losses, False))
     panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
-    # One point is a number, not a curve; beside the training loss it is worth its place.
-    panels = [(name, lines, log) for name, lines, log in panels if any(len(steps) > 1 for steps, _ in lines.values())]
+    # One point is a number, not a curve, and so is what stays at zero.
+    panels = [(name, lines, log) for name, lines, log in panels if any(map(_is_curve, lines.values()))]
     columns = min(2, max(1, len(panels)))
     count = -(-len(panels) // columns) if panels else 1
     figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
@@ -130,6 +130,10 @@ def _across_seeds(
     steps = sorted(step for step, values in by_step.items() if len(values) == len(lines))
     columns = [by_step[step] for step in steps]
     return steps, [min(v) for v in columns], [sum(v) / len(v) for v in columns], [max(v) for v in columns]
+
+
+def _is_curve(line: tuple[list[float], list[float]]) -> bool:
+    return len(line[0]) > 1 and any(line[1])
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]], logarithmic: bool) -> None:

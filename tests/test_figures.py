@@ -37,6 +37,11 @@ def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
     assert 1000 <= width <= 1200
 
 
+def test_what_stays_at_zero_is_no_curve(tmp_path: Path) -> None:
+    rows = [{**row, "extrap/displacement_norm": 0.0} for row in ROWS]
+    assert "Displacement ‖x − y‖" not in draw_curves(rows, "perplexity", tmp_path / "curves.png")
+
+
 def test_one_evaluation_is_no_curve(tmp_path: Path) -> None:
     drawn = draw_curves(ROWS[:11], "perplexity", tmp_path / "curves.png")
     assert drawn == ["Loss", "Learning rate", "Extrapolation step size"]
