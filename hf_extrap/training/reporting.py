@@ -100,7 +100,9 @@ class ReportingMixin(MixinBase):
         """Say once that y is as good as x, which happens to raw gradients beside Adam's much longer steps."""
         if 0 < share < NO_EFFECT and not self._warned_of_no_effect:
             self._warned_of_no_effect = True
-            logger.warning(
+            # Every process sees the same mean.
+            log = logger.warning if self.is_world_process_zero() else logger.debug
+            log(
                 "the extrapolation moves by %.1e of a step of the optimizer, which changes next to nothing: give a "
                 "larger extrap_step_ratio or extrap_step_size, until extrap/displacement_share is 0.05 or more",
                 share,
