@@ -1,4 +1,4 @@
-"""The textbook: one step of `algorithm.md` after the other, tensor by tensor. Slow, and imported by the tests alone."""
+"""The textbook: one step of the algorithm after the other, tensor by tensor. Slow, and imported by the tests alone."""
 
 from __future__ import annotations
 
