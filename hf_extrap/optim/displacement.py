@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .directions import generator_for
 
@@ -20,7 +21,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm(wide)
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     # A sharded tensor's norm is taken over all of its shards.
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def scale_direction(scaling: str, direction: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
@@ -76,6 +77,7 @@ def displace_(
         step: η, a number, or a tensor of no dimension where reading it would make the host wait.
         seeds: of the rounding of each parameter.
     """
+    params, direction = [_shard(p) for p in params], [_shard(d) for d in direction]
     coarse = [i for i, p in enumerate(params) if p.dtype == torch.bfloat16]
     for i in coarse:
         wide = params[i].float().sub_(direction[i].float() * step)
@@ -107,4 +109,9 @@ def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy bit for bit, list to list."""
     if targets:
-        torch._foreach_copy_(list(targets), list(sources))
+        torch._foreach_copy_([_shard(t) for t in targets], [_shard(s) for s in sources])
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor: moves are elementwise."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
