@@ -6,23 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plain_loop import CELLS, distance, identical, make_batch, make_model, run_plain_loop, sgd, values
+from plain_loop import CELLS, PRESETS, distance, identical, make_batch, make_model, run_plain_loop, sgd, values
 from torch import nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
-
-PRESETS = [
-    "extrap",
-    "extrap-past",
-    "extragradient",
-    "optimistic",
-    "past-update",
-    "gaussian",
-    "smoothout",
-    "sam",
-    "asam",
-]
 
 
 def warm(preset: str, **overrides: object) -> tuple[nn.Module, Extrapolated, ExtrapConfig]:
