@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def main(folder: Path, single_process_checkpoint: str) -> None:
     grown = train(folder / "grown", extrap="extrap-past", resume=single_process_checkpoint, **COMMON, **SAVING)
     seen["grown"], seen["grown steps"], seen["warnings"] = weights(grown), grown.state.global_step, warnings.texts
     torch.save(seen, folder / f"rank_{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    # Gloo has been seen to hang when models wrapped for DDP outlive the process group: leave without taking it down.
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
