@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 IGNORED = -100
 #: Logits held at once: on a CPU they should stay in the last-level cache, on a GPU they should fill it with work.
@@ -45,7 +45,10 @@ class VocabularyHead(nn.Linear):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of linear(hidden, weight, bias); the gradients are computed in the forward pass."""
+    """Mean cross entropy of linear(hidden, weight, bias); the gradients are computed in the forward pass.
+
+    Where the gradients are themselves to be differentiated (`create_graph`), they are computed again in the plain way.
+    """
 
     @staticmethod
     def forward(
@@ -97,20 +100,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden *= ones.unsqueeze(1)
         losses *= counted
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total, hidden, weight, bias, targets)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.spent = False
         ctx.mark_non_differentiable(losses)
         return losses.sum() / total, losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("the fused loss keeps its gradients for one backward pass: run the forward pass again.")
-        ctx.spent = True
-        grad_hidden, grad_weight, grad_bias, total = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias, total, hidden, weight, bias, targets = ctx.saved_tensors
         scale = grad_loss / total
+        if torch.is_grad_enabled():
+            return (*_differentiable_gradients(hidden, weight, bias, targets, scale), None, None)
+        ctx.spent = True
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
         if grad_weight is not None:
@@ -118,3 +122,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.mul_(scale).to(ctx.dtypes[1])
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _differentiable_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of scale times the sum of the losses, made of operations that autograd can differentiate again."""
+    counted = targets != IGNORED
+    w = weight.to(hidden.dtype)
+    logits = F.linear(hidden, w, None if bias is None else bias.to(hidden.dtype))
+    errors = torch.softmax(logits, 1) - F.one_hot(targets.clamp(min=0), len(weight))
+    errors = errors * (counted.unsqueeze(1) * scale).to(hidden.dtype)
+    return (
+        errors @ w,
+        (errors.t() @ hidden).to(weight.dtype),
+        None if bias is None else errors.sum(0).to(bias.dtype),
+    )

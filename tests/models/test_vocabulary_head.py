@@ -82,3 +82,23 @@ def test_second_backward_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         loss.backward()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_second_derivatives_equal_those_of_the_plain_way(tied: bool) -> None:
+    head, _, targets = head_and_batch([3, 49, -100, 7])
+    head = head.double()
+    head.weight.data.mul_(8)
+    inputs = torch.randn(4, 16, dtype=torch.float64)
+    tokens = torch.tensor([1, 3, 7, 49])
+    coordinates = [torch.randn_like(p) for p in head.parameters()]
+
+    def product(fused: bool) -> list[torch.Tensor]:
+        hidden = torch.tanh(head.weight[tokens] if tied else inputs * head.weight.sum())
+        loss = head(hidden, targets)[0] if fused else F.cross_entropy(head(hidden), targets)
+        first = torch.autograd.grad(loss.double(), list(head.parameters()), create_graph=True)
+        return list(torch.autograd.grad(first, list(head.parameters()), coordinates))
+
+    for own, plain in zip(product(True), product(False), strict=True):
+        torch.testing.assert_close(own, plain, atol=1e-7, rtol=1e-6)
+        assert own.abs().max() > 1e-3
