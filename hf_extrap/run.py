@@ -52,7 +52,7 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     recorder = RunRecorder(folder)
-    trainer = _make_trainer(configuration, prepared)
+    trainer = make_trainer(configuration, prepared)
     trainer.add_callback(recorder)
     if checkpoint is not None:
         check_checkpoint_matches(checkpoint, prepared.model)
@@ -105,7 +105,8 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     return metrics
 
 
-def _make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
+def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
+    """The Trainer of a configuration and its prepared task, with nothing trained yet."""
     trainer_class = ExtrapSeq2SeqTrainer if configuration.task.seq2seq else ExtrapTrainer
     trainer = trainer_class(
         model=prepared.model,
