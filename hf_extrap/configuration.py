@@ -52,10 +52,21 @@ class RunArguments:
         task: the name of a task in `hf_extrap.tasks.TASKS`.
         evaluate_untrained: evaluate once before the first step, for the comparison at the end. Tasks that generate
             text to be measured never do: an untrained model writes to the length limit.
+        abort_factor: end training where the loss is not finite, or this many times the first logged one after the
+            warm-up; None never does.
+        save_model: keep the trained model, its card and its curves, not the numbers alone.
     """
 
     task: str = field(default="language_modeling", metadata={"help": f"What to train: {', '.join(TASKS)}."})
     evaluate_untrained: bool = field(default=True, metadata={"help": "Evaluate once before the first step."})
+    abort_factor: float | None = field(
+        default=None, metadata={"help": "End training at a loss that is not finite, or so many times the first one."}
+    )
+    save_model: bool = field(default=True, metadata={"help": "Keep the trained model, its card and its curves."})
+
+    def __post_init__(self) -> None:
+        if self.abort_factor is not None and not self.abort_factor > 1:
+            raise ValueError(f"abort_factor is {self.abort_factor}; allowed: a number > 1, or null.")
 
 
 @dataclass

@@ -42,7 +42,8 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
     console.print(make_table(None, ["", ""], rows, header=False))
     # A path that is folded cannot be copied.
     for name, file in (("model card", CARD_FILE), ("figure", CURVES_FILE), ("all numbers", METRICS_FILE)):
-        console.print(f"  {name:<12}{folder / file}", soft_wrap=True, highlight=False)
+        if (folder / file).exists():
+            console.print(f"  {name:<12}{folder / file}", soft_wrap=True, highlight=False)
     if metrics["status"] == "diverged":
         console.print("The run diverged: its metric is not a finite number. Lower --learning_rate or the step size.")
 

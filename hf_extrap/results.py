@@ -24,6 +24,7 @@ UNCOMPARED = frozenset(
     {
         "output_dir",
         "resume_from_checkpoint",
+        "save_model",
         "disable_tqdm",
         "use_cpu",
         "data_cache_dir",

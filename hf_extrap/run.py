@@ -6,23 +6,30 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import wait_for_everyone
-from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from hf_extrap.configuration import Configuration
 from hf_extrap.figures import draw_curves
 from hf_extrap.results import CARD_FILE, CURVES_FILE, RunFolder, versions
 from hf_extrap.tasks.base import PreparedTask
 from hf_extrap.training.checkpoints import check_checkpoint_matches
+from hf_extrap.training.divergence import DivergenceStopper
 from hf_extrap.training.model_card import make_card, optimizer_name
 from hf_extrap.training.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
 
 
-def run(configuration: Configuration, command: str | None = None) -> dict[str, Any]:
+def run(
+    configuration: Configuration,
+    command: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    print_logs: bool = True,
+) -> dict[str, Any]:
     """Train one model and leave everything about it in `output_dir`.
 
     Every process of a distributed launch calls this; the first one writes.
@@ -30,9 +37,11 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     Args:
         configuration: from `hf_extrap.configuration.resolve`.
         command: what the user typed, for the record; default: this process's own words.
+        callbacks: more of them, for the Trainer.
+        print_logs: whether a run without a progress bar prints what it logs.
 
     Returns:
-        The content of metrics.json.
+        The content of metrics.json. A run that `abort_factor` ended has no `eval` and no `test`.
 
     Raises:
         ValueError: the folder holds something else, or the checkpoint belongs to another model.
@@ -53,7 +62,11 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     recorder = RunRecorder(folder)
     trainer = make_trainer(configuration, prepared)
-    trainer.add_callback(recorder)
+    if not print_logs:
+        trainer.remove_callback(PrinterCallback)
+    stopper = DivergenceStopper(configuration.run.abort_factor) if configuration.run.abort_factor else None
+    for callback in (recorder, *((stopper,) if stopper else ()), *callbacks):
+        trainer.add_callback(callback)
     if checkpoint is not None:
         check_checkpoint_matches(checkpoint, prepared.model)
     untrained = _evaluate_untrained(configuration, trainer, folder, resumed=checkpoint is not None)
@@ -63,13 +76,18 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
     seconds = time.perf_counter() - began
     model = trainer.accelerator.unwrap_model(trainer.model)
     identical = replicas_agree(model) and recorder.replicas_identical
-    validation = _last_evaluation(trainer) or trainer.evaluate(metric_key_prefix="eval")
-    test = _evaluate_test(trainer, prepared)
-    trainer.save_model()
+    diverged_at = stopper.step if stopper else None
+    validation, test = {}, None
+    if diverged_at is None:
+        validation = _last_evaluation(trainer) or trainer.evaluate(metric_key_prefix="eval")
+        test = _evaluate_test(trainer, prepared)
+    if configuration.run.save_model:
+        trainer.save_model()
 
     items = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     metrics: dict[str, Any] = {
         "status": "finished" if _is_finite(validation, f"eval_{prepared.metric}", "eval_loss") else "diverged",
+        "diverged_at": diverged_at,
         "task": configuration.task.name,
         "preset": arguments.extrap,
         "extrap": arguments.extrap_config().to_dict(),
@@ -98,7 +116,11 @@ def run(configuration: Configuration, command: str | None = None) -> dict[str, A
         "command": command,
     }
     if first:
-        _write(folder, metrics, trainer.state.log_history, model)
+        folder.write_history(trainer.state.log_history)
+        if configuration.run.save_model:
+            _write_card(folder, metrics, model)
+        # Last: its presence says that the run is finished.
+        folder.write_metrics(metrics)
     wait_for_everyone()
     if not identical:
         raise RuntimeError(f"the processes ended with different parameters; see ranks_identical in {folder.path}.")
@@ -195,11 +217,7 @@ def _is_finite(row: dict[str, Any], *names: str) -> bool:
     return all(row.get(name) is not None and math.isfinite(row[name]) for name in names)
 
 
-def _write(folder: RunFolder, metrics: dict[str, Any], rows: list[dict[str, Any]], model: PreTrainedModel) -> None:
-    folder.write_history(rows)
+def _write_card(folder: RunFolder, metrics: dict[str, Any], model: PreTrainedModel) -> None:
     title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
     drawn = draw_curves(folder.read_history(), metrics["metric"], folder.path / CURVES_FILE, title)
-    card = make_card(metrics, model, CURVES_FILE if drawn else None)
-    card.save(folder.path / CARD_FILE)
-    # Last: its presence says that the run is finished.
-    folder.write_metrics(metrics)
+    make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)

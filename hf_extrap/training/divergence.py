@@ -1,0 +1,61 @@
+"""Stop a run that will not come back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class DivergenceStopper(TrainerCallback):
+    """Ends training when the logged loss is not finite, or far above the first one once the warm-up is over.
+
+    The first logged loss is the mark because it is that of the untrained model, or near it (`logging_first_step`): a
+    loss taken after the warm-up is none if the run blew up during it. All processes log the same mean, so all stop.
+
+    Attributes:
+        factor: how many times the first logged loss is too much; None stops only for losses that are not finite.
+        first_loss: the first logged loss.
+        step: the step at which training was ended, or None.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
+        self.first_loss: float | None = None
+        self.step: int | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None or self.step is not None:
+            return
+        if self.first_loss is None:
+            # A resumed run finds its first loss in the history.
+            self.first_loss = next((row["loss"] for row in state.log_history if "loss" in row), loss)
+        if not math.isfinite(loss) or self._is_too_large(loss, args, state):
+            self.step = state.global_step
+            self._stop(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.step is not None:
+            self._stop(control)
+
+    def _is_too_large(self, loss: float, args: TrainingArguments, state: TrainerState) -> bool:
+        if self.factor is None or self.first_loss is None or not math.isfinite(self.first_loss):
+            return False
+        return state.global_step > args.get_warmup_steps(state.max_steps) and loss > self.factor * self.first_loss
+
+    @staticmethod
+    def _stop(control: TrainerControl) -> None:
+        control.should_training_stop = True
+        # Nothing about these weights is worth an evaluation or a checkpoint.
+        control.should_evaluate = control.should_save = False
