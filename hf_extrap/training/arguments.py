@@ -40,6 +40,10 @@ class ExtrapArguments(Base):
 
     Parameters that control recurrent models:
         carry_state: truncated backpropagation through time, each worker's recurrent state goes on in its next batch.
+
+    Parameters that control what is measured:
+        sharpness_batches: how many of the last training micro-batches of each process the largest Hessian eigenvalue is
+            measured on, at every evaluation while training; 0 for never.
     """
 
     extrap: str = field(default="none", metadata={"help": "Preset of the extrapolation; 'none' is the stock Trainer."})
@@ -78,6 +82,9 @@ class ExtrapArguments(Base):
     carry_state: bool = field(
         default=False, metadata={"help": "Hand the recurrent state of a batch on to the worker's next batch."}
     )
+    sharpness_batches: int = field(
+        default=0, metadata={"help": "Last micro-batches on which each evaluation measures the sharpness; 0: never."}
+    )
 
     def __post_init__(self) -> None:
         if self.extrap_virtual_workers < 1:
@@ -91,6 +98,8 @@ class ExtrapArguments(Base):
                 )
             self.gradient_accumulation_steps: int = self.extrap_virtual_workers
         super().__post_init__()
+        if self.sharpness_batches < 0:
+            raise ValueError(f"sharpness_batches is {self.sharpness_batches}; allowed: a whole number >= 0.")
         self.extrap_config()
         self._check_learning_rate()
 

@@ -19,16 +19,17 @@ from hf_extrap.optim.extrapolated import Extrapolated
 
 from .arguments import ExtrapArguments
 from .carried_state import CarriedState
-from .reporting import EVALUATION, ReportingMixin
+from .reporting import EVALUATION
 from .resuming import ResumingMixin
 from .scaling import scaled_learning_rate_factor, step_decay
+from .sharpness import SharpnessMixin
 
 logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
 
 
-class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
+class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
     """Extrapolation for any Trainer: `class MyTrainer(ExtrapTrainerMixin, SomeTrainer)`.
 
     Its arguments need the fields of `ExtrapArguments`. Gradients are taken at y; whatever the loop does between its
@@ -64,6 +65,7 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
         self._earlier_batches: list[Inputs] = []
         self._earlier_states: dict[str, Tensor] = {}
         self._start_reporting()
+        self._start_sharpness()
 
     def _refuse_unsupported_engines(self) -> None:
         if not self._extrapolates:
@@ -145,6 +147,7 @@ class ExtrapTrainerMixin(ReportingMixin, ResumingMixin):
             # The streams of a new epoch begin at their beginning.
             self._carried.reset()
         self._step_states = self._carried.tensors()
+        self._keep_for_sharpness(batches)
         if (optimizer := self.extrapolated) is not None:
             if optimizer.virtual_workers > 1 and batches:
                 optimizer.loss_scale = 1 / len(batches)
