@@ -21,7 +21,7 @@ def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
         "step_count": optimizer.step_count,
         "skipped_steps": optimizer.skipped_steps,
         "peak_lr": list(optimizer._sizes.peak_lr),
-        "last_length": optimizer._last_length,
+        "last_step": optimizer._last_step,
         "local": local_state(optimizer) if not optimizer.config.is_local or _world_size() == 1 else None,
     }
 
@@ -31,7 +31,7 @@ def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     optimizer.step_count = int(state.get("step_count", 0))
     optimizer.skipped_steps = int(state.get("skipped_steps", 0))
     optimizer._sizes.peak_lr = [float(rate) for rate in state.get("peak_lr", [])]
-    optimizer._last_length = state.get("last_length")
+    optimizer._last_step = state.get("last_step")
     optimizer._memory.directions = {}
     optimizer._sizes.curvature = {}
     optimizer._cold_after_load = optimizer.config.is_past

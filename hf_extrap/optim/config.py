@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 
 Direction = Literal["none", "gradient", "past_gradient", "past_update", "gaussian", "uniform"]
 Scope = Literal["local", "global"]
-Scaling = Literal["none", "norm", "layer", "filter", "adaptive"]
+Scaling = Literal["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
 Batch = Literal["same", "independent"]
 DirectionDtype = Literal["float32", "bfloat16", "float16"]
 
 PAST_DIRECTIONS: tuple[str, ...] = ("past_gradient", "past_update")
 NOISE_DIRECTIONS: tuple[str, ...] = ("gaussian", "uniform")
+STEP_SCALINGS: tuple[str, ...] = ("step", "layer_step")
+"""Scalings in which the step size is a share of the last step of x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,12 @@ class ExtrapConfig:
     Parameters that control the length of the move:
         scaling: S, see `hf_extrap.optim.displacement.scale_direction`.
         step_size: η, a number > 0, or `auto`: `curvature_share` / L̂ with L̂ the curvature measured along the direction.
+            With the scalings `step` and `layer_step` it is the share of the last step of x that y lies away.
         step_ratio: η as a share > 0 of the current learning rate. Exactly one of step_size and step_ratio is given.
         curvature_share: c of η = c / L̂, in (0, 1); read by `auto` alone.
         probe_every: with `auto` and a past direction, every how many steps a fresh gradient measures the curvature.
-        anneal: let step_size follow the learning rate: η · lr / peak lr. A step_ratio follows it by itself.
+        anneal: let step_size follow the learning rate: η · lr / peak lr. A step_ratio follows it by itself, and so does
+            a share of the last step.
         max_displacement: cap of ‖x − y‖ as a share of the length of the last step of x; None for no cap.
 
     Parameters that control when:
@@ -121,6 +125,11 @@ class ExtrapConfig:
         if (self.step_size is None) == (self.step_ratio is None):
             given = "neither" if self.step_size is None else "both"
             raise ValueError(f"step_size and step_ratio: {given} given; allowed: exactly one of them.")
+        if self.scales_by_step and self.step_ratio is not None:
+            raise ValueError(
+                f"scaling is {self.scaling!r}, which follows the learning rate by itself, and step_ratio is "
+                f"{self.step_ratio}; allowed: step_size, a share of the last step."
+            )
         if self.step_size == "auto":
             if self.direction in NOISE_DIRECTIONS:
                 raise ValueError(
@@ -158,6 +167,16 @@ class ExtrapConfig:
     def is_noise(self) -> bool:
         """Whether the direction is drawn at random."""
         return self.direction in NOISE_DIRECTIONS
+
+    @property
+    def scales_by_step(self) -> bool:
+        """Whether the step size is a share of the last step of x."""
+        return self.scaling in STEP_SCALINGS
+
+    @property
+    def anneals(self) -> bool:
+        """Whether the step size must be made to follow the learning rate."""
+        return self.anneal and not self.scales_by_step
 
     def is_active(self, step: int) -> bool:
         """Whether step `step`, counted from 0, extrapolates."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .config import STEP_SCALINGS
 from .directions import generator_for
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -15,24 +16,32 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors taken as one vector, as a tensor of no dimension, in at least float32."""
-    if not tensors:
-        return torch.zeros(())
+    return torch.linalg.vector_norm(norms(tensors)) if tensors else torch.zeros(())
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, as a tensor with one element for each, in at least float32."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    norms = torch._foreach_norm(wide)
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    each = torch._foreach_norm(wide)
+    stacked = torch.stack([n.to(each[0].device) for n in each])
     # A sharded tensor's norm is taken over all of its shards.
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return stacked.full_tensor() if isinstance(stacked, DTensor) else stacked
 
 
-def scale_direction(scaling: str, direction: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
+def scale_direction(
+    scaling: str, direction: Sequence[Tensor], x: Sequence[Tensor], last_step: Tensor | None = None
+) -> list[Tensor]:
     """S(d, x) of the algorithm: the direction in the units that the step size is given in.
 
     Args:
         scaling: `none`, d itself; `norm`, d / ‖d‖ over all tensors (SAM, Foret et al. 2021); `layer`, ‖x‖ · d / ‖d‖ a
             tensor; `filter`, the same for each slice along the first dimension of a tensor with two or more (Li et al.
-            2018); `adaptive`, x² · d / ‖x · d‖ (ASAM, Kwon et al. 2021).
+            2018); `adaptive`, x² · d / ‖x · d‖ (ASAM, Kwon et al. 2021);
+            `step`, ‖Δx‖ · d / ‖d‖ over all tensors with Δx the last step of x, which makes η a share of it;
+            `layer_step`, the same a tensor.
         direction: d, one tensor a parameter.
         x: the parameters, of the same shapes.
+        last_step: ‖Δx‖ of each tensor, one dimension; for `step` also of tensors that have no direction.
 
     Returns:
         New tensors, or those of `direction` itself for `none`. A zero direction stays zero.
@@ -46,6 +55,13 @@ def scale_direction(scaling: str, direction: Sequence[Tensor], x: Sequence[Tenso
     if scaling == "adaptive":
         norm = total_norm([p * d for d, p in zip(direction, x, strict=True)]).clamp_min(_TINY)
         return [p.square() * d / norm for d, p in zip(direction, x, strict=True)]
+    if scaling in STEP_SCALINGS:
+        assert last_step is not None
+        lengths = norms(direction)
+        if scaling == "step":
+            last_step, lengths = torch.linalg.vector_norm(last_step), torch.linalg.vector_norm(lengths)
+        factors = (last_step.to(lengths) / lengths.clamp_min(_TINY)).expand(len(direction))
+        return [d * factor.to(d) for d, factor in zip(direction, factors.unbind(), strict=True)]
     relative = {"layer": _by_tensor, "filter": _by_filter}[scaling]
     return [relative(d, p) for d, p in zip(direction, x, strict=True)]
 

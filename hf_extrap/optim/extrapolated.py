@@ -18,7 +18,7 @@ from .base_iterate import BaseIterate
 from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import last_update, noise
-from .displacement import displace_, scale_direction, total_norm
+from .displacement import displace_, norms, scale_direction, total_norm
 from .memory import Buffers, DirectionMemory, is_finite
 from .statistics import StepStatistics, clipping_factor, cosine
 from .step_size import StepSize
@@ -89,7 +89,7 @@ class Extrapolated(Optimizer):
         self.collect_statistics = False
         self.statistics: dict[str, float] = {}
         self._sizes = StepSize(config)
-        self._last_length: Tensor | None = None
+        self._last_step: Tensor | None = None
         self._memory = DirectionMemory(getattr(torch, config.direction_dtype) if config.direction_dtype else None)
         self._cold_after_load = False
         self._start()
@@ -325,7 +325,13 @@ class Extrapolated(Optimizer):
         if not indices:
             return
         x = [params[i] for i in indices]
-        moves = scale_direction(self.config.scaling, [d for d in direction if d is not None], x)
+        last_step = self._last_step
+        if self.config.scales_by_step:
+            if last_step is None:
+                return
+            if self.config.scaling == "layer_step":
+                last_step = last_step[indices]
+        moves = scale_direction(self.config.scaling, [d for d in direction if d is not None], x, last_step)
         scaled = dict(zip(indices, moves, strict=True))
         self._x.leave(params, indices, key)
         steps = self._steps(key, scaled)
@@ -346,13 +352,14 @@ class Extrapolated(Optimizer):
             steps.append((start, stop, self._sizes.of_group(index, group, key)))
             start = stop
         cap = self.config.max_displacement
-        if (cap is None or self._last_length is None) and not self._measures:
+        if (cap is None or self._last_step is None) and not self._measures:
             return steps
-        norms = [total_norm([scaled[i] for i in range(a, b) if i in scaled]) for a, b, _ in steps]
-        length = total_norm([(norm * step).to(norms[0]) for norm, (_, _, step) in zip(norms, steps, strict=True)])
-        if cap is not None and self._last_length is not None:
+        parts = [total_norm([scaled[i] for i in range(a, b) if i in scaled]) for a, b, _ in steps]
+        length = total_norm([(part * step).to(parts[0]) for part, (_, _, step) in zip(parts, steps, strict=True)])
+        if cap is not None and self._last_step is not None:
             tiny = torch.finfo(length.dtype).tiny
-            factor = (cap * self._last_length.to(length) / length.clamp_min(tiny)).clamp_max(1)
+            last_length = torch.linalg.vector_norm(self._last_step).to(length)
+            factor = (cap * last_length / length.clamp_min(tiny)).clamp_max(1)
             steps = [(a, b, step * factor) for a, b, step in steps]
             length = length * factor
         self._lengths[key] = length
@@ -416,8 +423,11 @@ class Extrapolated(Optimizer):
                 self._measure(worker, self._memory.captured_of(worker))
         if self._needs_step_length:
             params = self._params()
-            self._last_length = total_norm([x.sub(params[i]) for i, x in self._x.kept.items()])
-            self._noted.note("step_length", self._last_length)
+            lengths = norms([x.sub(params[i]) for i, x in self._x.kept.items()])
+            self._last_step = lengths.new_zeros(len(params)).index_copy_(
+                0, torch.tensor(list(self._x.kept), device=lengths.device), lengths
+            )
+            self._noted.note("step_length", torch.linalg.vector_norm(lengths))
         if not self.config.is_past or not self.config.is_active(self.step_count + 1):
             self._memory.directions.clear()
         elif self.config.direction == "past_update":
@@ -434,7 +444,7 @@ class Extrapolated(Optimizer):
 
     @property
     def _needs_step_length(self) -> bool:
-        return self.config.max_displacement is not None or self.collect_statistics
+        return self.config.max_displacement is not None or self.config.scales_by_step or self.collect_statistics
 
     @property
     def _measures(self) -> bool:

@@ -68,6 +68,7 @@ def extrapolate(
     past: list[Point] | None = None  # d_t^k left over from step t − 1; None while cold
     L: list[float | None] = [None] * K  # L̂_k
     last_step = inf  # ‖x_t − x_{t−1}‖
+    step: Point | None = None  # x_{t−1} − x_t
     run = Trajectory(x=[_copy(x)], curvature=L)
     for attempt in range(steps):
         t = attempt - run.skipped
@@ -89,7 +90,7 @@ def extrapolate(
         etas: list[list[float]] = []
         for k in range(K):
             eta = _each(lambda r, m: _step_size(config, L[k], r, m), lr, peak)  # noqa: B023
-            move = _each(lambda e, s: e * s.detach(), eta, scaled(config.scaling, d[k], x))
+            move = _each(lambda e, s: e * s.detach(), eta, scaled(config.scaling, d[k], x, step))
             if config.max_displacement is not None and _norm(move) > config.max_displacement * last_step:
                 cap = config.max_displacement * last_step / _norm(move)
                 move = [cap * v for v in move]
@@ -132,12 +133,20 @@ def extrapolate(
     return run
 
 
-def scaled(scaling: str, d: Point, x: Point) -> Point:
+def scaled(scaling: str, d: Point, x: Point, step: Point | None = None) -> Point:
     """S(d, x), the displacement for η = 1; zero where a norm in a denominator is zero.
 
     `none`: d. `norm`: d / ‖d‖ over all parameters. `layer`: ‖x‖ d / ‖d‖ per tensor. `filter`: the same per slice along
-    the first axis of tensors of two axes and more. `adaptive`: |x|² d / ‖|x| d‖ over all parameters.
+    the first axis of tensors of two axes and more. `adaptive`: |x|² d / ‖|x| d‖ over all parameters. `step`:
+    ‖Δx‖ d / ‖d‖ over all parameters, with Δx the last step of x, and zero before there was one; `layer_step`: the same
+    per tensor.
     """
+    if scaling in ("step", "layer_step") and step is None:
+        return _zeros(x)
+    if scaling == "step":
+        return [_over(_norm(step or []) * v, _norm(d)) for v in d]
+    if scaling == "layer_step":
+        return _each(lambda s, v: _over(_norm([s]) * v, _norm([v])), step or [], d)
     if scaling == "norm":
         return [_over(v, _norm(d)) for v in d]
     if scaling == "adaptive":
@@ -159,7 +168,7 @@ def _step_size(config: ExtrapConfig, L: float | None, lr: float, peak: float) ->
     """η_t of one parameter: a share of lr; or a number, or c / L̂, that anneals as lr / peak."""
     if config.step_ratio is not None:
         return config.step_ratio * lr
-    factor = lr / peak if config.anneal and peak > 0 else 1.0
+    factor = lr / peak if config.anneals and peak > 0 else 1.0
     if config.step_size == "auto":
         return 0.1 * lr if L is None else config.curvature_share / L * factor
     return (config.step_size or 0.0) * factor

@@ -31,7 +31,7 @@ class StepSize:
 
     def follow(self, groups: list[dict[str, Any]]) -> None:
         """Take note of the learning rates that this step uses."""
-        if self.config.direction == "none" or not (self.config.anneal or self.config.step_size == "auto"):
+        if self.config.direction == "none" or not (self.config.anneals or self.config.step_size == "auto"):
             return
         self.peak_lr += [0.0] * (len(groups) - len(self.peak_lr))
         for i, group in enumerate(groups):
@@ -49,7 +49,7 @@ class StepSize:
         if config.step_ratio is not None:
             return sign * config.step_ratio * self.learning_rate(group)
         annealed = sign
-        if config.anneal and group.get("lr") is not None and self.peak_lr[index] > 0:
+        if config.anneals and group.get("lr") is not None and self.peak_lr[index] > 0:
             annealed *= self.learning_rate(group) / self.peak_lr[index]
         if config.step_size != "auto":
             return annealed * float(config.step_size or 0.0)

@@ -112,6 +112,10 @@ CELLS: dict[str, Cell] = {
     "extrap-past-layer": _cell("extrap-past", step_size=0.05, scaling="layer"),
     "extrap-filter": _cell("extrap", step_size=0.05, scaling="filter"),
     "optimistic-adaptive": _cell("optimistic", step_size=0.2, scaling="adaptive"),
+    "extrap-step": _cell("extrap", step_size=0.3, scaling="step"),
+    "extrap-past-step": _cell("extrap-past", step_size=0.5, scaling="step"),
+    "extrap-past-layer-step": _cell("extrap-past", step_size=0.5, scaling="layer_step"),
+    "optimistic-layer-step-window": _cell("optimistic", step_size=0.5, scaling="layer_step", start_step=2, end_step=6),
     "sam-global": _cell("sam", scope="global"),
     "extrap-past-ascent": _cell("extrap-past", step_ratio=0.5, ascent=True),
     # Local past gradients are the workers' own, global ones those that the base consumed.

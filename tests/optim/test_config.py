@@ -75,6 +75,7 @@ WRONG = [
     ({"direction": "sideways"}, ["direction", "sideways", "past_gradient", "past_update", "gaussian", "uniform"]),
     ({"scope": "everywhere"}, ["scope", "everywhere", "local", "global"]),
     ({"scaling": "log"}, ["scaling", "log", "norm", "layer", "filter", "adaptive"]),
+    ({"scaling": "step", "step_ratio": 0.5}, ["scaling", "step", "step_ratio", "0.5", "share of the last step"]),
     ({"batch": "next"}, ["batch", "next", "same", "independent"]),
     ({"direction_dtype": "int8"}, ["direction_dtype", "int8", "bfloat16"]),
     ({"step_size": -1.0}, ["step_size", "-1.0", "auto"]),

@@ -15,7 +15,7 @@ from hf_extrap.optim.displacement import scale_direction
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import scaled
 
-SCALINGS = ["none", "norm", "layer", "filter", "adaptive"]
+SCALINGS = ["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
 
 
 def example(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,6 +55,17 @@ def test_adaptive_weighs_by_the_squared_weights() -> None:
     assert distance(scale_direction("adaptive", d, x), expected) < 1e-14
 
 
+def test_step_gives_the_direction_the_length_of_the_last_step() -> None:
+    d, x = example()
+    step = [torch.full_like(p, 0.1 * i) for i, p in enumerate(x)]
+    lengths = torch.stack([s.norm() for s in step])
+    found = scale_direction("step", d, x, lengths)
+    factor = math.sqrt(sum(float((s**2).sum()) for s in step) / sum(float((v**2).sum()) for v in d))
+    assert distance(found, [factor * v for v in d]) < 1e-14
+    for s, v, length in zip(scale_direction("layer_step", d, x, lengths), d, lengths, strict=True):
+        assert torch.allclose(s, length * v / v.norm(), rtol=1e-14)
+
+
 def test_none_is_the_direction() -> None:
     d, x = example()
     assert identical(scale_direction("none", d, x), d)
@@ -66,16 +77,18 @@ def test_none_is_the_direction() -> None:
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_scalings_are_the_reference(scaling: str, dtype: torch.dtype, tolerance: float) -> None:
     d, x = example(dtype)
-    exact = scaled(scaling, [v.double() for v in d], [p.double() for p in x])
-    assert distance(scale_direction(scaling, d, x), exact) < tolerance
+    step = [0.1 * p.double().abs() + 0.01 for p in x]
+    exact = scaled(scaling, [v.double() for v in d], [p.double() for p in x], step)
+    lengths = torch.stack([s.norm() for s in step])
+    assert distance(scale_direction(scaling, d, x, lengths), exact) < tolerance
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_no_direction_is_no_displacement(scaling: str) -> None:
     d, x = example()
     d = [torch.zeros_like(v) for v in d]
-    assert identical(scale_direction(scaling, d, x), d)
-    assert identical(scaled(scaling, d, x), d)
+    assert identical(scale_direction(scaling, d, x, torch.ones(len(x))), d)
+    assert identical(scaled(scaling, d, x, x), d)
 
 
 @pytest.mark.parametrize("scaling", ["layer", "filter"])
@@ -88,10 +101,12 @@ def test_one_silent_filter_stays_where_it_is(scaling: str) -> None:
         assert all(torch.isfinite(v).all() for v in s)
 
 
-@pytest.mark.parametrize("scaling", ["norm", "layer", "filter", "adaptive"])
+@pytest.mark.parametrize("scaling", [scaling for scaling in SCALINGS if scaling != "none"])
 def test_scaled_directions_do_not_know_the_unit_of_the_gradient(scaling: str) -> None:
     d, x = example()
-    assert distance(scale_direction(scaling, [1000 * v for v in d], x), scale_direction(scaling, d, x)) < 1e-13
+    lengths = torch.ones(len(x), dtype=torch.float64)
+    larger = scale_direction(scaling, [1000 * v for v in d], x, lengths)
+    assert distance(larger, scale_direction(scaling, d, x, lengths)) < 1e-13
 
 
 @pytest.mark.parametrize(("kind", "variance", "fourth"), [("gaussian", 1.0, 3.0), ("uniform", 1 / 3, 1 / 5)])

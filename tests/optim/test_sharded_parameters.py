@@ -33,7 +33,9 @@ def make_model(sharded: bool) -> nn.Module:
 
 def make_optimizer(model: nn.Module, preset: str) -> Extrapolated:
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    return Extrapolated(base, ExtrapConfig.preset(preset))
+    name, _, scaling = preset.partition(":")
+    fields = {"scaling": scaling, "step_size": 0.5} if scaling else {}
+    return Extrapolated(base, ExtrapConfig.preset(name, **fields))
 
 
 @pytest.mark.parametrize("preset", ["extrap", "extrap-past", "sam"])
@@ -42,7 +44,9 @@ def test_local_scope_is_refused_with_what_works_instead(preset: str) -> None:
         make_optimizer(make_model(sharded=True), preset)
 
 
-@pytest.mark.parametrize("preset", ["none", "optimistic", "extragradient", "past-update"])
+@pytest.mark.parametrize(
+    "preset", ["none", "optimistic", "extragradient", "past-update", "optimistic:step", "optimistic:layer_step"]
+)
 def test_global_scope_trains_as_without_shards(preset: str) -> None:
     ends = []
     for sharded in (False, True):
