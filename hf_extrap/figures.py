@@ -21,6 +21,8 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
     ("extrap/displacement_norm", "Displacement ‖x − y‖", False),
     ("extrap/direction_cosine", "Cosine of direction and mean gradient", False),
     ("extrap/gradient_noise_scale", "Gradient noise scale", True),
+    ("extrap/sharpness", "Sharpness λ_max, at x", True),
+    ("extrap/preconditioned_sharpness", "Sharpness in Adam's metric, at x", True),
 )
 
 
