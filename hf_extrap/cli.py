@@ -1,4 +1,4 @@
-"""The command line: hf-extrap train, compare, doctor."""
+"""The command line: hf-extrap train, compare, sharpness, doctor."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ def main(words: Sequence[str] | None = None) -> int:
         words: command-line words; default: those of this process.
 
     Returns:
-        The exit code: 0, or 2 for an error that the user can mend, told in one sentence on stderr.
+        The exit code: 0, 2 for an error that the user can mend, told in one sentence on stderr; of a study 1 if a run
+        failed, and 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if words is None else words)
     command = shlex.join(["hf-extrap", *words])
     # Argparse would take the value of a field that it does not know for the configuration.
-    config = words.pop(1) if len(words) > 1 and words[0] in ("train", "compare") and words[1][:1] != "-" else None
+    takes_one = len(words) > 1 and words[0] in ("train", "compare", "sharpness") and words[1][:1] != "-"
+    config = words.pop(1) if takes_one else None
     known, rest = _parser().parse_known_args(words)
     try:
         if known.command == "train":
             return _train(config, known.help, rest, command)
         if known.command == "compare":
             return _compare(config, known, rest, command)
+        if known.command == "sharpness":
+            return _sharpness(config, known, rest, command)
         if rest:
-            raise ValueError(f"doctor takes no {rest[0]!r}.")
-        return _doctor()
+            raise ValueError(f"{known.command} takes no {rest[0]!r}.")
+        return _study(known, command) if known.command == "study" else _doctor()
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("HF_EXTRAP_TRACEBACK"):
             raise
@@ -60,6 +64,35 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--learning_rates", default=None, help="separated by commas; default: the configuration's")
     compare.add_argument("--target", type=float, default=None, help="value of the metric to count the steps to")
     compare.add_argument("--output_dir", default=None, help="folder for all runs; default: runs/compare-<config>")
+    sharpness = commands.add_parser(
+        "sharpness",
+        help="measure the largest Hessian eigenvalue of a saved model",
+        usage="hf-extrap sharpness CHECKPOINT [options] [--field value ...]",
+        description="CHECKPOINT is the folder of a run, of a checkpoint in it, or of any saved model; the other words, "
+        "--field value, win over the run's own fields.",
+        allow_abbrev=False,
+    )
+    sharpness.add_argument("--config", default=None, help="fields of a saved model that no run.json describes")
+    sharpness.add_argument("--batches", type=int, default=4, help="batches that the loss is averaged over")
+    sharpness.add_argument("--split", default="train", help="train or validation")
+    sharpness.add_argument("--differentiation", default="autograd", help="of the gradient: autograd or differences")
+    sharpness.add_argument("--batch_norm", default="batch", help="statistics of BatchNorm: batch or running")
+    sharpness.add_argument("--tolerance", type=float, default=1e-2, help="of the eigenvalue's residual")
+    sharpness.add_argument("--output_dir", default=None, help="folder to write to; default: CHECKPOINT")
+    study = commands.add_parser("study", help="tune and run methods at several batch sizes", allow_abbrev=False)
+    actions = study.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, purpose in (
+        ("run", "run what is left of a study; what is done is kept"),
+        ("report", "tables and figures of what is done"),
+    ):
+        parser_of_action = actions.add_parser(action, help=purpose, description=purpose, allow_abbrev=False)
+        parser_of_action.add_argument("study", metavar="STUDY.yaml")
+        parser_of_action.add_argument(
+            "--output_dir", default=None, help="the study's folder; default: runs/study-<name>"
+        )
+        if action == "run":
+            parser_of_action.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
+            parser_of_action.add_argument("--jobs", type=int, default=1, help="processes at once, one thread each")
     commands.add_parser("doctor", help="versions, devices, and what can run here", allow_abbrev=False)
     return parser
 
@@ -98,6 +131,39 @@ def _compare(config: str | None, known: argparse.Namespace, rest: list[str], com
         command=command,
     )
     return 0
+
+
+def _sharpness(checkpoint: str | None, known: argparse.Namespace, rest: list[str], command: str) -> int:
+    if checkpoint is None:
+        raise ValueError("sharpness needs the folder of a run, a checkpoint or a saved model, before its options.")
+    from hf_extrap.sharpness import print_sharpness, sharpness
+
+    _quiet()
+    content = sharpness(
+        checkpoint,
+        rest,
+        config=known.config,
+        batches=known.batches,
+        split=known.split,
+        differentiation=known.differentiation,
+        batch_norm=known.batch_norm,
+        tolerance=known.tolerance,
+        output_dir=known.output_dir,
+        command=command,
+    )
+    print_sharpness(content, known.output_dir or checkpoint)
+    return 0
+
+
+def _study(known: argparse.Namespace, command: str) -> int:
+    if known.action == "report":
+        from hf_extrap.study.report import report_study
+
+        report_study(known.study, known.output_dir, command)
+        return 0
+    from hf_extrap.study.runner import run_study
+
+    return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
 
 
 def _quiet() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from .carried_state import State
@@ -76,6 +78,30 @@ class SharpnessMixin(ReportingMixin):
             self._measured_at = self.state.global_step
             self.log(self._sharpness_logs())
         return super().evaluate(*args, **kwargs)
+
+    def samples(self, loader: Iterable[dict[str, Any]], count: int, streams: int = 1) -> list[Sample]:
+        """The first batches of a loader, each with the recurrent state that the model has when it comes to it.
+
+        Args:
+            loader: gives the batches.
+            count: how many at most.
+            streams: batches take turns among this many workers, each with a state of its own.
+        """
+        samples: list[Sample] = []
+        states: dict[int, State | None] = {}
+        was_training = self.model.training
+        self.model.eval()
+        for index, inputs in enumerate(islice(loader, count)):
+            worker = index % streams
+            samples.append((inputs, states.get(worker)))
+            if self.args.carry_state:
+                self._carried.put(EVALUATION, states.get(worker))
+                with torch.no_grad():
+                    self.compute_loss(self.model, self._prepare_inputs(dict(inputs)))
+                states[worker] = self._carried.of(EVALUATION)
+        self._carried.put(EVALUATION, None)
+        self.model.train(was_training)
+        return samples
 
     def preconditioner(self, mean_loss: MeanLoss) -> Tensor | None:
         """P of the optimizer, see `adam_preconditioner`."""
