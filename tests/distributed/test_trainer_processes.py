@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_trainer import marian, train, weights  # noqa: E402
-from trainer_processes import COMMON, EQUIVALENT, SAVING  # noqa: E402
+from trainer_processes import COMMON, EQUIVALENT, MEASURED, SAVING  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
@@ -105,3 +105,11 @@ def test_another_world_size_warns_and_starts_cold(
     shrunk = train(tmp_path, resume=str(folder / "extrap-past" / "checkpoint-3"), **fields)
     assert shrunk.state.global_step == 6
     assert "the checkpoint has 2 processes and this run 1" in caplog.text
+
+
+def test_sharpness_is_that_of_the_mean_over_processes(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone = train(tmp_path, extrap_virtual_workers=2, sharpness_batches=2, **MEASURED, **COMMON)
+    expected = [row["extrap/sharpness"] for row in alone.state.log_history if "extrap/sharpness" in row]
+    assert len(expected) == 2
+    assert ranks[0]["sharpness"] == ranks[1]["sharpness"] == pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close(weights(alone), ranks[0]["measured"], rtol=1e-4, atol=1e-6)

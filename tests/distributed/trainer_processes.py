@@ -26,6 +26,7 @@ COMMON: dict[str, Any] = {
     "sgd_nesterov": True,
 }
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+MEASURED: dict[str, Any] = {"extrap": "extrap-past", "eval_strategy": "steps", "eval_steps": 3}
 EQUIVALENT = [name for name in PRESETS if name not in ("gaussian", "smoothout")]
 
 
@@ -66,6 +67,9 @@ def main(folder: Path, single_process_checkpoint: str) -> None:
     for preset in ("extrap", "extragradient"):
         busy = train(folder / "busy", extrap=preset, eval_strategy="steps", eval_steps=2, **COMMON)
         seen[f"{preset} with evaluations"] = weights(busy)
+    measured = train(folder / "measured", sharpness_batches=1, **MEASURED, **COMMON)
+    seen["sharpness"] = [row["extrap/sharpness"] for row in measured.state.log_history if "extrap/sharpness" in row]
+    seen["measured"] = weights(measured)
     warnings.texts.clear()
     for preset in ("extrap-past", "smoothout"):
         fields = {"extrap": preset, "extrap_virtual_workers": 2, **COMMON, **SAVING}
