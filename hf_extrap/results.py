@@ -90,7 +90,7 @@ class RunFolder:
             name = differing[0]
             raise ValueError(
                 f"output_dir {self.path} holds another run: its {name} is {recorded.get(name)!r}, not "
-                f"{_plain(arguments.get(name))!r}; give another --output_dir, or delete the folder."
+                f"{plain(arguments.get(name))!r}; give another --output_dir, or delete the folder."
             )
         if self.is_finished:
             raise ValueError(
@@ -120,7 +120,7 @@ class RunFolder:
 
     def write_history(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write history.jsonl: one logged row a line, each with its step and epoch."""
-        _write(self.path / HISTORY_FILE, "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+        write_text(self.path / HISTORY_FILE, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
 
     def read_history(self) -> list[dict[str, Any]]:
         """The rows of history.jsonl; empty if the run has logged nothing yet."""
@@ -133,7 +133,7 @@ class RunFolder:
 def different_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names of the fields that make two runs different runs, sorted."""
     names = (set(one) | set(other)) - UNCOMPARED
-    return sorted(name for name in names if _plain(one.get(name)) != _plain(other.get(name)))
+    return sorted(name for name in names if plain(one.get(name)) != plain(other.get(name)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,10 +156,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object in one move: a reader sees the old file or the new one, never half of it."""
-    _write(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, as `write_json` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -172,17 +173,17 @@ def _write(path: Path, text: str) -> None:
         raise
 
 
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types; what is not finite becomes None, what JSON does not know becomes a string."""
+def plain(value: Any) -> Any:
+    """A value in JSON's own types; what is not finite becomes None, what JSON does not know becomes a string."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return _plain(value.item())
+        return plain(value.item())
     # str() of an Enum that is also a str would give its name, not its value.
     return str(getattr(value, "value", value))
