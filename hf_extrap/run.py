@@ -77,7 +77,8 @@ def run(
     model = trainer.accelerator.unwrap_model(trainer.model)
     identical = replicas_agree(model) and recorder.replicas_identical
     diverged_at = stopper.step if stopper else None
-    validation, test = {}, None
+    validation: dict[str, Any] = {}
+    test = None
     if diverged_at is None:
         validation = _last_evaluation(trainer) or trainer.evaluate(metric_key_prefix="eval")
         test = _evaluate_test(trainer, prepared)
