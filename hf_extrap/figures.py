@@ -95,7 +95,7 @@ def draw_comparison(
     grid = figure.subplots(1, 2 if several_rates else 1, squeeze=False)[0]
     for index, (preset, histories) in enumerate(lines.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        steps, low, mean, high = _across_seeds([series(rows, f"eval_{metric}") for rows in histories])
+        steps, low, mean, high = across_seeds([series(rows, f"eval_{metric}") for rows in histories])
         if steps:
             grid[0].plot(steps, mean, label=preset, markersize=4, linewidth=1.5, **style)
             grid[0].fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -107,7 +107,7 @@ def draw_comparison(
     for axes, label in zip(grid, ("step", "learning rate"), strict=False):
         axes.set_xlabel(label)
         axes.set_ylabel(f"validation {spoken(metric)}")
-        _finish(axes, logarithmic=metric == "perplexity")
+        finish(axes, logarithmic=metric == "perplexity")
     if several_rates:
         rates = sorted({rate for values in points.values() for rate, _, _ in values})
         grid[1].set_xscale("log")
@@ -121,9 +121,10 @@ def draw_comparison(
     figure.savefig(path, dpi=130)
 
 
-def _across_seeds(
+def across_seeds(
     lines: Sequence[tuple[list[float], list[float]]],
 ) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps that all lines have, and the smallest, mean and largest value at each."""
     by_step: dict[float, list[float]] = {}
     for steps, values in lines:
         for step, value in zip(steps, values, strict=True):
@@ -143,12 +144,13 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]]
         marker = MARKERS[index] if len(steps) <= 25 else None
         axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
     positive = all(value > 0 for _, values in lines.values() for value in values)
-    _finish(axes, logarithmic and positive)
+    finish(axes, logarithmic and positive)
     if len(lines) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.1)
 
 
-def _finish(axes: Axes, logarithmic: bool) -> None:
+def finish(axes: Axes, logarithmic: bool) -> None:
+    """The frame, grid and ticks of every panel over steps."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=9)

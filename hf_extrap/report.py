@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -54,7 +54,8 @@ def make_table(
     """A table whose first column is text; with `numbers`, the other columns are aligned to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=header)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index > 0 and header and numbers else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if index > 0 and header and numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=header and index == 0)
     for row in rows:
         table.add_row(*row)
     return table

@@ -95,13 +95,21 @@ class Reference:
 
 @dataclass(frozen=True)
 class Target:
-    """What "to target" means: a value of a metric of validation, or the final mean of a reference."""
+    """What "to target" means: a value of a metric of validation, or the final mean of a reference.
+
+    Attributes:
+        slack: the share of its mean by which a reference's target is easier: half of its own seeds end worse than
+            their mean.
+    """
 
     metric: str
     value: float | None = None
     from_: Reference | None = None
+    slack: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.slack < 1 or (self.slack and self.value is not None):
+            raise ValueError(f"slack is {self.slack:g}; allowed: a share in [0, 1), beside from.")
         if (self.value is None) == (self.from_ is None):
             raise ValueError("value and from are both given, or neither; allowed: exactly one.")
 

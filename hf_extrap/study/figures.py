@@ -1,0 +1,315 @@
+"""Figures of a study, at the width of a README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from hf_extrap.figures import COLOURS, MARKERS, across_seeds, finish, series, spoken
+from hf_extrap.study.plan import Plan
+from hf_extrap.study.results import Entry, Results, scaling_start
+from hf_extrap.study.statistics import Estimate
+
+WIDTH = 8.4
+"""Inches: at 100 dots each, the width of a README's column."""
+
+ALONG = (
+    ("extrap/gradient_noise_scale", "Gradient noise scale"),
+    ("extrap/sharpness", "Sharpness: largest Hessian eigenvalue"),
+    ("extrap/preconditioned_sharpness", "Preconditioned sharpness"),
+)
+
+
+def draw(plan: Plan, results: Results, folder: Path) -> list[tuple[str, str]]:
+    """Draw every figure that there is data for.
+
+    Returns:
+        File name and caption of each.
+    """
+    drawn = []
+    for name, make in (
+        ("batch_size.png", _batch_sizes),
+        ("scaling.png", _scaling),
+        ("curves.png", _curves),
+        ("learning_rates.png", _learning_rates),
+        ("sensitivity.png", _sensitivity),
+        ("along_training.png", _along_training),
+    ):
+        made: tuple[Figure, str] | None = make(plan, results)
+        # A figure of an earlier report would tell of other rows.
+        (folder / name).unlink(missing_ok=True)
+        if made is not None:
+            made[0].savefig(folder / name, dpi=130)
+            drawn.append((name, made[1]))
+    return drawn
+
+
+def _methods(plan: Plan) -> list[str]:
+    return list(plan.study.methods)
+
+
+def _style(plan: Plan, method: str) -> dict[str, Any]:
+    index = _methods(plan).index(method)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": method}
+
+
+def _panels(count: int, height: float = 3.3, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.4), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return figure, grid[:count]
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend above the panels, where it can cover no curve."""
+    found: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(str(label), handle)
+    if found:
+        handles, labels = list(found.values()), list(found)
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(found)), frameon=False)
+
+
+def _over_batches(axes: Axes, plan: Plan, results: Results, value: Callable[[Entry], Estimate | None]) -> list[float]:
+    """Draw means with the seeds' standard deviation over the batch size, a line a method; the batch sizes drawn."""
+    drawn: set[float] = set()
+    for method in _methods(plan):
+        points = [
+            (entry.batch_size, found.mean, found.std or 0.0)
+            for entry in results.entries
+            if entry.method == method and entry.batch_size is not None and (found := value(entry)) is not None
+        ]
+        if points:
+            batches, means, deviations = zip(*sorted(points), strict=True)
+            axes.errorbar(batches, means, deviations, capsize=3, markersize=5, linewidth=1.3, **_style(plan, method))
+            drawn.update(batches)
+    return sorted(drawn)
+
+
+def _batch_axis(axes: Axes, batches: Sequence[float]) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, which="major", alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [f"{batch:,.0f}" for batch in batches])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("batch size", fontsize=9)
+
+
+def _log_values(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _batch_sizes(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    figure, (axes,) = _panels(1, height=3.6)
+    batches = _over_batches(axes, plan, results, lambda entry: entry.test)
+    if not batches:
+        return None
+    reference = plan.study.reference
+    mark = results.entry(reference.method, reference.workers) if reference else None
+    if mark is not None and mark.test is not None:
+        axes.axhline(mark.test.mean, color="0.5", linestyle=":", linewidth=1, label="small-batch reference")
+    _batch_axis(axes, batches)
+    axes.set_ylabel(f"{results.split} {spoken(results.metric)}", fontsize=9)
+    if results.metric == "perplexity":
+        _log_values(axes)
+    _legend(figure, [axes])
+    return figure, f"{results.split.capitalize()} {spoken(results.metric)} against batch size: mean ± std over seeds."
+
+
+def _scaling(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    figure, panels = _panels(3)
+    drawn: list[float] = []
+    for axes, name in zip(panels, ("steps", "gradients", "seconds"), strict=True):
+
+        def value(entry: Entry, name: str = name) -> Estimate | None:
+            found = entry.to_target.get(name)
+            return found if found is not None and found.count == entry.seeds_planned else None
+
+        batches = _over_batches(axes, plan, results, value)
+        drawn += batches
+        if not batches:
+            continue
+        start = scaling_start(results, plan)
+        # A second of one step on one device does not shrink with the batch: perfect scaling is of steps.
+        if start is not None and name != "seconds":
+            line = np.array([start[0], max(batches)])
+            axes.plot(
+                line, start[0] * start[1] / line, color="0.4", linestyle="--", linewidth=1, label="perfect scaling"
+            )
+        _batch_axis(axes, batches)
+        _log_values(axes)
+        axes.set_title({"gradients": "Gradients per worker"}.get(name, name.capitalize()), fontsize=10, loc="left")
+    if not drawn:
+        return None
+    _legend(figure, panels)
+    return figure, (
+        f"Steps, gradients per worker (a fresh direction pays twice) and seconds to validation "
+        f"{spoken(results.target_metric or '')} {results.target:.4g}, where every seed reached it."
+    )
+
+
+def _curves(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    largest = plan.study.batches[-1].workers
+    figure, (axes,) = _panels(1, height=3.6)
+    drawn = False
+    for entry in results.entries:
+        if entry.workers == largest and entry.histories:
+            lines = [series(rows, f"eval_{results.metric}") for rows in entry.histories]
+            steps, low, mean, high = across_seeds(lines)
+            if len(steps) > 1:
+                style = _style(plan, entry.method)
+                axes.plot(steps, mean, linewidth=1.5, markersize=4, **style)
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                drawn = True
+    if not drawn:
+        return None
+    if results.target is not None and results.target_metric == results.metric:
+        axes.axhline(results.target, color="0.5", linestyle=":", linewidth=1, label="target")
+    finish(axes, logarithmic=results.metric == "perplexity")
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel(f"validation {spoken(results.metric)}", fontsize=9)
+    _legend(figure, [axes])
+    return figure, f"Learning curves with {largest} workers: mean and range of the seeds, each method at its best."
+
+
+def _learning_rates(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    """Validation against the learning rate, at the best of the other searched fields."""
+    batches = [batch.workers for batch in plan.study.batches]
+    figure, panels = _panels(len(batches))
+    drawn = False
+    for axes, workers in zip(panels, batches, strict=True):
+        rates: set[float] = set()
+        for entry in results.entries:
+            found: dict[float, float] = {}
+            for point, score in entry.trials if entry.workers == workers else []:
+                if "learning_rate" in point and math.isfinite(score):
+                    rate = float(point["learning_rate"])
+                    better = max if results.greater_is_better else min
+                    found[rate] = better(score, found.get(rate, score))
+            if len(found) > 1:
+                axes.plot(
+                    *zip(*sorted(found.items()), strict=True), linewidth=1.3, markersize=5, **_style(plan, entry.method)
+                )
+                rates |= set(found)
+        drawn |= bool(rates)
+        axes.set_visible(bool(rates))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=9)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate", fontsize=9)
+        axes.set_title(f"{workers} workers", fontsize=10, loc="left")
+        if results.metric == "perplexity":
+            _log_values(axes)
+    if not drawn:
+        return None
+    panels[0].set_ylabel(f"validation {spoken(results.metric)}", fontsize=9)
+    _legend(figure, panels)
+    return (
+        figure,
+        "Tuning: validation against the learning rate, at the best of the other fields; diverged trials are left out.",
+    )
+
+
+def _sensitivity(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    """Heat maps over the first two searched fields, a method a row, a batch size a column."""
+    maps = []
+    for method in _methods(plan):
+        for batch in plan.study.batches:
+            values = plan.study.values(method, batch.workers)
+            lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) > 1}
+            entry = results.entry(method, batch.workers)
+            if len(lists) >= 2 and plan.study.search.kind == "grid" and entry is not None and entry.trials:
+                maps.append((method, batch.workers, dict(list(lists.items())[:2]), entry))
+    if not maps:
+        return None
+    figure, panels = _panels(len(maps), height=2.6, columns=min(3, len(plan.study.batches)))
+    for axes, (method, workers, lists, entry) in zip(panels, maps, strict=True):
+        _heat_map(axes, lists, entry, results)
+        axes.set_title(f"{method}, {workers} workers", fontsize=10, loc="left")
+    return (
+        figure,
+        f"Tuning: validation {spoken(results.metric)} over the searched fields; × diverged. Darker is better.",
+    )
+
+
+def _heat_map(axes: Axes, lists: dict[str, list[Any]], entry: Entry, results: Results) -> None:
+    (across, columns), (down, rows) = lists.items()
+    table = np.full((len(rows), len(columns)), np.nan)
+    better = np.fmax if results.greater_is_better else np.fmin
+    diverged = np.zeros(table.shape, bool)
+    for point, score in entry.trials:
+        at = rows.index(point[down]), columns.index(point[across])
+        if math.isfinite(score):
+            table[at] = better(table[at], score)
+        else:
+            diverged[at] = True
+    shown = -table if results.greater_is_better else table
+    finite = shown[np.isfinite(shown)]
+    # Where one corner is beyond use, the rest must still tell apart.
+    top = float(np.quantile(finite, 0.8)) if finite.size else 1.0
+    axes.imshow(
+        shown, cmap="cividis", aspect="auto", vmax=max(top, float(finite.min()) + 1e-12) if finite.size else 1.0
+    )
+    for (row, column), value in np.ndenumerate(table):
+        word = f"{value:.3g}" if math.isfinite(value) else "×" if diverged[row, column] else ""
+        dark = math.isfinite(value) and shown[row, column] < (top + float(finite.min())) / 2
+        axes.text(column, row, word, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), [_tick(value) for value in columns], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_tick(value) for value in rows], fontsize=8)
+    axes.set_xlabel(across.removeprefix("extrap_").replace("_", " "), fontsize=9)
+    axes.set_ylabel(down.removeprefix("extrap_").replace("_", " "), fontsize=9)
+
+
+def _tick(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _along_training(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    largest = plan.study.batches[-1].workers
+    entries = [entry for entry in results.entries if entry.workers == largest and entry.histories]
+    found = []
+    for key, title in ALONG:
+        lines = {}
+        for entry in entries:
+            steps, low, mean, high = across_seeds([_either(rows, key) for rows in entry.histories])
+            if len(steps) > 1 and any(mean):
+                lines[entry.method] = (steps, low, mean, high)
+        if lines:
+            found.append((title, lines))
+    if not found:
+        return None
+    figure, panels = _panels(len(found), height=2.9, columns=2)
+    for axes, (title, lines) in zip(panels, found, strict=True):
+        for method, (steps, low, mean, high) in lines.items():
+            style = _style(plan, method) | ({"marker": None} if len(steps) > 25 else {})
+            axes.plot(steps, mean, linewidth=1.5, markersize=4, **style)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        positive = all(value > 0 for line in lines.values() for value in line[1])
+        finish(axes, logarithmic=positive)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step", fontsize=9)
+    _legend(figure, panels)
+    return figure, f"Along training with {largest} workers: mean and range of the seeds."
+
+
+def _either(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """A series under its key or, logged with an evaluation, under that with `eval_` before it."""
+    steps, values = series(rows, key)
+    return (steps, values) if steps else series(rows, f"eval_{key}")

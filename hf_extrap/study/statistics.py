@@ -1,0 +1,77 @@
+"""Means over seeds with their spread and bootstrap intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the values.
+        std: their standard deviation, with n − 1; None for one value.
+        low, high: percentile bootstrap interval of the mean at `CONFIDENCE`; None for one value. With three seeds it
+            spans little more than their range: a spread, not a proof.
+        count: how many values.
+    """
+
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """The estimate from the values of the seeds; None without values or if one is not finite."""
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Estimate(mean, None, None, None, 1)
+    low = high = mean
+    if len(set(values)) > 1:
+        found = bootstrap(
+            (np.asarray(values, float),),
+            np.mean,
+            confidence_level=CONFIDENCE,
+            n_resamples=9999,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    return Estimate(mean, statistics.stdev(values), low, high, len(values))
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+    """The mean of value − baseline over the seeds that both have."""
+    return estimate([value - baseline[seed] for seed, value in values.items() if seed in baseline])
+
+
+def gap_closed(score: float, baseline: float, reference: float, greater_is_better: bool) -> float | None:
+    """The share of the generalization gap that a method closes.
+
+    Args:
+        score: of the method at a batch size.
+        baseline: of the tuned baseline at the same batch size.
+        reference: of the small-batch run.
+        greater_is_better: whether a larger score is.
+
+    Returns:
+        (baseline − score) / (baseline − reference): 1 is the reference's score, 0 the baseline's, and negative is
+        worse than the baseline; None where the baseline is as good as the reference, so that there is no gap.
+    """
+    gap = baseline - reference
+    if (gap >= 0) if greater_is_better else (gap <= 0):
+        return None
+    return (baseline - score) / gap
