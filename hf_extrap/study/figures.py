@@ -93,7 +93,9 @@ def _over_batches(axes: Axes, plan: Plan, results: Results, value: Callable[[Ent
         ]
         if points:
             batches, means, deviations = zip(*sorted(points), strict=True)
-            axes.errorbar(batches, means, deviations, capsize=3, markersize=5, linewidth=1.3, **_style(plan, method))
+            # A spread as long as its mean has no lower end on a logarithmic axis.
+            spread = [[min(d, 0.9 * abs(m)) for m, d in zip(means, deviations, strict=True)], deviations]
+            axes.errorbar(batches, means, spread, capsize=3, markersize=5, linewidth=1.3, **_style(plan, method))
             drawn.update(batches)
     return sorted(drawn)
 
@@ -106,6 +108,13 @@ def _batch_axis(axes: Axes, batches: Sequence[float]) -> None:
     axes.set_xticks(batches, [f"{batch:,.0f}" for batch in batches])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("batch size", fontsize=9)
+
+
+def _metric_axis(axes: Axes, results: Results) -> None:
+    """A logarithmic axis for a perplexity that spans enough of it to be read there."""
+    low, high = axes.get_ylim()
+    if results.metric == "perplexity" and low > 0 and high > 4 * low:
+        _log_values(axes)
 
 
 def _log_values(axes: Axes) -> None:
@@ -126,8 +135,7 @@ def _batch_sizes(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.axhline(mark.test.mean, color="0.5", linestyle=":", linewidth=1, label="small-batch reference")
     _batch_axis(axes, batches)
     axes.set_ylabel(f"{results.split} {spoken(results.metric)}", fontsize=9)
-    if results.metric == "perplexity":
-        _log_values(axes)
+    _metric_axis(axes, results)
     _legend(figure, [axes])
     return figure, f"{results.split.capitalize()} {spoken(results.metric)} against batch size: mean ± std over seeds."
 
@@ -181,7 +189,8 @@ def _curves(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         return None
     if results.target is not None and results.target_metric == results.metric:
         axes.axhline(results.target, color="0.5", linestyle=":", linewidth=1, label="target")
-    finish(axes, logarithmic=results.metric == "perplexity")
+    finish(axes, logarithmic=False)
+    _metric_axis(axes, results)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(f"validation {spoken(results.metric)}", fontsize=9)
     _legend(figure, [axes])
@@ -215,8 +224,7 @@ def _learning_rates(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.set_xscale("log")
         axes.set_xlabel("learning rate", fontsize=9)
         axes.set_title(f"{workers} workers", fontsize=10, loc="left")
-        if results.metric == "perplexity":
-            _log_values(axes)
+        _metric_axis(axes, results)
     if not drawn:
         return None
     panels[0].set_ylabel(f"validation {spoken(results.metric)}", fontsize=9)

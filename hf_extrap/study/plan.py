@@ -72,9 +72,9 @@ class Chain:
         recipe = read_mapping(study.config)
         self._fields = {
             **{name: value for name, value in DEFAULTS.items() if name not in recipe},
-            "extrap": method,
             **study.fields,
             **study.batch(workers).fields,
+            "extrap": method,
             **study.methods[method].fields,
         }
 

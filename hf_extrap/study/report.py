@@ -156,8 +156,8 @@ def _sentences(plan: Plan, results: Results) -> list[str]:
     found = [
         f"{results.split.capitalize()} {spoken(results.metric)} ({better} is better), mean ± standard deviation over "
         f"seeds {', '.join(map(str, study.seeds))}, each method at the best of {study.search.trials} trials by "
-        f"validation ({study.search.kind}, seeds {', '.join(map(str, study.tune_seeds))}); intervals are percentile bootstraps "
-        "over seeds."
+        f"validation ({study.search.kind}, seeds {', '.join(map(str, study.tune_seeds))}); intervals are "
+        "percentile bootstraps over seeds."
     ]
     if study.reference and study.baseline:
         found.append(

@@ -237,6 +237,9 @@ def _refuse_reserved(study: Study) -> None:
     places += [(f"batches with {batch.workers} workers", batch.fields) for batch in study.batches]
     for name, method in study.methods.items():
         places += [(f"methods.{name}.fields", method.fields), (f"methods.{name}.search", method.search)]
+    for where, fields in places[: 1 + len(study.batches)]:
+        if "extrap" in fields:
+            raise ValueError(f"{where} gives extrap; allowed: a method's fields.")
     for where, fields in places:
         if found := [name for name in RESERVED if name in fields]:
             raise ValueError(f"{where} gives {found[0]}, which a study sets for each run.")

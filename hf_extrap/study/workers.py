@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ class Processes:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        with _one_thread():
+        with _inherited():
             process = self._context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
         theirs.close()
@@ -154,8 +155,7 @@ def quiet() -> None:
 
 
 def _work(pipe: Connection) -> None:
-    # Ctrl-C is for the process that started this one, which ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
@@ -168,14 +168,27 @@ def _work(pipe: Connection) -> None:
         pipe.send(execute(job))
 
 
+def _end_with_parent() -> None:
+    """End at once where the starting process was killed: another one may already do the same run again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """A process that is started inside has one thread, from its first import on."""
+def _inherited() -> Iterator[None]:
+    """What a process that is started inside has from its first import on: one thread, and no ear for Ctrl-C.
+
+    Ctrl-C is for the process that started it, which ends it.
+    """
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
+    listening = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, listening)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
