@@ -33,6 +33,8 @@ class ExtrapConfig:
         ascent: go up instead of down (SAM).
         batch: samples of a fresh direction: the `same` as the step's own, or `independent` ones.
         batch_fraction: share of the local batch that a fresh direction uses, in (0, 1].
+        precondition: multiply a gradient direction by Adam's P = 1 / (√v̂ + ε), from the state of the base optimizer;
+            `auto` then measures the curvature in that metric.
         direction_dtype: the type in which directions are stored; None keeps that of the parameters.
         seed: of the noise and of stochastic rounding.
 
@@ -62,6 +64,7 @@ class ExtrapConfig:
     step_ratio: float | None = None
     curvature_share: float = 0.3
     ascent: bool = False
+    precondition: bool = False
     batch: Batch = "same"
     batch_fraction: float = 1.0
     anneal: bool = True
@@ -87,7 +90,7 @@ class ExtrapConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {_listed(choices)}.")
-        for name in ("ascent", "anneal"):
+        for name in ("ascent", "anneal", "precondition"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: true, false.")
 
@@ -122,6 +125,11 @@ class ExtrapConfig:
             if self.step_size is not None or self.step_ratio is not None:
                 raise ValueError("step_size and step_ratio need a direction, and direction is 'none'.")
             return
+        if self.precondition and self.direction not in ("gradient", "past_gradient"):
+            raise ValueError(
+                f"precondition is true, and direction is {self.direction!r}; allowed: gradient, past_gradient (a "
+                "past_update has the preconditioner in it)."
+            )
         if (self.step_size is None) == (self.step_ratio is None):
             given = "neither" if self.step_size is None else "both"
             raise ValueError(f"step_size and step_ratio: {given} given; allowed: exactly one of them.")

@@ -20,6 +20,7 @@ from .config import ExtrapConfig
 from .directions import last_update, noise
 from .displacement import displace_, norms, scale_direction, total_norm
 from .memory import Buffers, DirectionMemory, is_finite
+from .preconditioner import adam_preconditioner
 from .statistics import StepStatistics, clipping_factor, cosine
 from .step_size import StepSize
 
@@ -108,6 +109,7 @@ class Extrapolated(Optimizer):
         self._observed = False
         self._lengths: dict[int, Tensor] = {}
         self._first_scale: float | None = None
+        self._preconditioner: Buffers | None = None
 
     # The base optimizer's face
 
@@ -311,6 +313,7 @@ class Extrapolated(Optimizer):
         self._lengths = {}
         self._observed = False
         self._first_scale = None
+        self._preconditioner = None
         if self._x.at is not None:
             # Parameters must not move between a forward and its backward pass: the next train() moves them.
             self._x.at = NOWHERE
@@ -320,7 +323,7 @@ class Extrapolated(Optimizer):
     def _move(self, key: int) -> None:
         params = self._params()
         self._x.restore(params)
-        direction = self._direction(key)
+        direction = self._preconditioned(self._direction(key)) if self.config.precondition else self._direction(key)
         indices = [i for i, d in enumerate(direction) if d is not None]
         if not indices:
             return
@@ -363,7 +366,34 @@ class Extrapolated(Optimizer):
             steps = [(a, b, step * factor) for a, b, step in steps]
             length = length * factor
         self._lengths[key] = length
+        if self.config.precondition:
+            # In the metric of P⁻¹, with η as it is after the cap.
+            moves = [
+                (step, self._in_metric({i: scaled[i] for i in range(a, b) if i in scaled}, -0.5))
+                for a, b, step in steps
+            ]
+            self._lengths[key] = total_norm([(total_norm(part) * step).to(length) for step, part in moves])
         return steps
+
+    def _preconditioned(self, direction: Buffers) -> Buffers:
+        """P d; nothing for a parameter that the base optimizer has not stepped yet."""
+        params = self._params()
+        if self._preconditioner is None:
+            self._preconditioner = adam_preconditioner(self.base, params)
+        moved: Buffers = []
+        for p, d, scale in zip(params, direction or [None] * len(params), self._preconditioner, strict=True):
+            if d is not None and scale is None and self.state.get(p):
+                raise ValueError(
+                    f"precondition is true, but the base optimizer {type(self.base).__name__} keeps no exp_avg_sq and "
+                    "step for each element; allowed: Adam and its kin, or precondition false."
+                )
+            moved.append(None if d is None or scale is None else scale * d)
+        return moved
+
+    def _in_metric(self, tensors: dict[int, Tensor], power: float) -> list[Tensor]:
+        """Each tensor times its Pᵖᵒʷᵉʳ."""
+        scales = self._preconditioner or []
+        return [t if (scale := scales[i]) is None else t * scale.pow(power).to(t) for i, t in tensors.items()]
 
     def _direction(self, key: int) -> Buffers:
         params = self._params()
@@ -412,9 +442,11 @@ class Extrapolated(Optimizer):
     def _measure(self, key: int, at_y: Buffers) -> None:
         """Smooth ‖g(y) − g(x)‖ / ‖y − x‖ into the curvature of a worker that has just probed."""
         at_x = self._memory.directions[key]
-        change = [a.sub(b.to(a)) for a, b in zip(at_y, at_x, strict=True) if a is not None and b is not None]
+        pairs = enumerate(zip(at_y, at_x, strict=True))
+        change = {i: a.sub(b.to(a)) for i, (a, b) in pairs if a is not None and b is not None}
         if change and key in self._lengths:
-            self._sizes.measure(key, total_norm(change), self._lengths[key])
+            seen = self._in_metric(change, 0.5) if self.config.precondition else list(change.values())
+            self._sizes.measure(key, total_norm(seen), self._lengths[key])
 
     def _look_back(self) -> None:
         """Turn what this step saw into what the next one looks along."""

@@ -86,6 +86,9 @@ def extrapolate(
             draw = noise or (lambda t, k: _noise(x, config, t, k))
             d = [draw(t, k if config.scope == "local" else 0) for k in range(K)]
 
+        P = _preconditioner(optimizer, x) if config.precondition else [torch.ones_like(p) for p in x]
+        d_raw, d = d, [_each(torch.mul, P, v) for v in d]
+
         ys: list[Point] = []
         etas: list[list[float]] = []
         for k in range(K):
@@ -108,8 +111,8 @@ def extrapolate(
             continue
         if probe:
             for k, g_at_y in enumerate(_seen_by_workers(g, config, x)):
-                moved = _norm(_each(torch.sub, ys[k], x))
-                change = _norm(_each(torch.sub, g_at_y, d[k]))
+                moved = _norm(_each(lambda s, y, p: (y - p) / s.sqrt() if s.any() else 0 * p, P, ys[k], x))
+                change = _norm(_each(lambda s, a, b: s.sqrt() * (a - b), P, g_at_y, d_raw[k]))
                 if moved > 0 and change > 0:
                     measured = change / moved
                     before = L[k]
@@ -162,6 +165,17 @@ def scaled(scaling: str, d: Point, x: Point, step: Point | None = None) -> Point
 def _layers(p: Tensor, v: Tensor) -> Point:
     """The filters of one tensor, each scaled as a layer."""
     return scaled("layer", list(v), list(p))
+
+
+def _preconditioner(optimizer: Optimizer, x: Point) -> Point:
+    """P = 1 / (√v̂ + ε), of Adam; 0 before its first step."""
+    scales = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if state := optimizer.state.get(p):
+                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+                scales.append((p, 1 / (v.sqrt() + group["eps"])))
+    return [next((scale for q, scale in scales if q is p), torch.zeros_like(p)) for p in x]
 
 
 def _step_size(config: ExtrapConfig, L: float | None, lr: float, peak: float) -> float:

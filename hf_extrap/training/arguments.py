@@ -61,6 +61,7 @@ class ExtrapArguments(Base):
     extrap_max_displacement: float | None = _override("Cap of the move as a share of the last step's length.")
     extrap_start_step: int | None = _override("First step that extrapolates.")
     extrap_end_step: int | None = _override("First step that no longer does.")
+    extrap_precondition: bool | None = _override("Take the direction in the metric of a base optimizer like Adam.")
     extrap_direction_dtype: DirectionDtype | None = _override("Type in which directions are stored.")
     extrap_seed: int | None = _override("Seed of noise and rounding; the training's seed unless given.")
     extrap_virtual_workers: int = field(
