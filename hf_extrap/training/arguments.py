@@ -43,7 +43,8 @@ class ExtrapArguments(Base):
 
     Parameters that control what is measured:
         sharpness_batches: how many of the last training micro-batches of each process the largest Hessian eigenvalue is
-            measured on, at every evaluation while training; 0 for never.
+            measured on, at every evaluation while training; 0 for never. A measurement takes 8 products or more, each
+            of the time of 2 gradients with one micro-batch, of 4 with several; Adam's metric takes as many again.
     """
 
     extrap: str = field(default="none", metadata={"help": "Preset of the extrapolation; 'none' is the stock Trainer."})

@@ -38,7 +38,8 @@ class MeanLoss:
     Args:
         model: with parameters in float32 or float64, all on one device.
         loss: the scalar mean loss of one batch.
-        batches: what `loss` takes, one after another; each counts the same.
+        batches: what `loss` takes, one after another; each counts the same. With an only batch the graph of its
+            gradient is kept from one Hessian product to the next, which halves their time.
         differentiation: how the gradient is differentiated: `autograd`, a second backward pass; or `differences`,
             central differences of the gradient, for models whose operations have none.
         batch_norm: whether BatchNorm uses the statistics of each `batch`, as in training, or the `running` ones, as in
@@ -73,6 +74,7 @@ class MeanLoss:
         self.differentiation, self.batch_norm = differentiation, batch_norm
         self._average = average or (lambda tensor: tensor)
         self._checked = False
+        self._graph: tuple[list[int], Sequence[Tensor]] | None = None
 
     @property
     def point(self) -> Tensor:
@@ -87,7 +89,11 @@ class MeanLoss:
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss, (n,)."""
-        return self._sum_over_batches(lambda loss: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+        total = torch.zeros_like(self.point)
+        with torch.enable_grad(), self._measuring():
+            for batch in self.batches:
+                total += flatten(torch.autograd.grad(self.loss(batch), self.parameters, materialize_grads=True))
+        return self._average(total / len(self.batches))
 
     def hessian_product(self, vector: Tensor) -> Tensor:
         """The Hessian of the mean loss times a vector, (n,).
@@ -130,24 +136,40 @@ class MeanLoss:
 
     def _by_autograd(self, vector: Tensor) -> Tensor:
         parts = split(vector, self.parameters)
-
-        def product(loss: Tensor) -> Sequence[Tensor]:
-            first = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
-            curved = [(g, v) for g, v in zip(first, parts, strict=True) if g.requires_grad]
-            if not curved:
-                return [torch.zeros_like(p) for p in self.parameters]
-            outputs, vectors = zip(*curved, strict=True)
-            if not self._checked:
-                _refuse_once_differentiable(outputs)
-                self._checked = True
-            return torch.autograd.grad(outputs, self.parameters, vectors, materialize_grads=True)
-
+        total = torch.zeros_like(self.point)
         try:
-            return self._sum_over_batches(product)
+            with torch.enable_grad(), self._measuring():
+                for batch in self.batches:
+                    curved = [(g, v) for g, v in zip(self._graph_of(batch), parts, strict=True) if g.requires_grad]
+                    if curved:
+                        total += flatten(
+                            torch.autograd.grad(
+                                [g for g, _ in curved],
+                                self.parameters,
+                                [v for _, v in curved],
+                                retain_graph=len(self.batches) == 1,
+                                materialize_grads=True,
+                            )
+                        )
         except (RuntimeError, NotImplementedError) as error:
             if "derivative" not in str(error) and "differentiate twice" not in str(error):
                 raise
             raise _not_twice(" ".join(str(error).split())[:120]) from error
+        return self._average(total / len(self.batches))
+
+    def _graph_of(self, batch: Any) -> Sequence[Tensor]:
+        """The gradient on one batch, to be differentiated again; that of an only batch is kept between products."""
+        versions = [p._version for p in self.parameters]
+        if self._graph is not None and self._graph[0] == versions:
+            return self._graph[1]
+        self._graph = None
+        gradient = torch.autograd.grad(self.loss(batch), self.parameters, create_graph=True, materialize_grads=True)
+        if not self._checked:
+            _refuse_once_differentiable(gradient)
+            self._checked = True
+        if len(self.batches) == 1:
+            self._graph = versions, gradient
+        return gradient
 
     def _by_differences(self, vector: Tensor, step: float = 1.0) -> Tensor:
         """(g(x + h v) − g(x − h v)) / 2h with ‖h v‖ = step · ε^⅓ ‖x‖ / 10, which balances truncation and rounding."""
@@ -159,15 +181,9 @@ class MeanLoss:
             behind = self.gradient()
         return (ahead - behind) / (2 * h)
 
-    def _sum_over_batches(self, part: Callable[[Tensor], Sequence[Tensor]]) -> Tensor:
-        total = torch.zeros_like(self.point)
-        with torch.enable_grad(), self._measuring():
-            for batch in self.batches:
-                total += flatten(part(self.loss(batch)))
-        return self._average(total / len(self.batches))
-
     @contextmanager
     def _moved(self, displacement: Tensor) -> Iterator[None]:
+        self._graph = None
         kept = [p.detach().clone() for p in self.parameters]
         try:
             with torch.no_grad():

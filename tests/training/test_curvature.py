@@ -227,6 +227,28 @@ def test_loss_along_a_line_is_that_at_the_moved_parameters() -> None:
     assert values[1] == pytest.approx(mean_loss.value(), abs=1e-6) != pytest.approx(values[0], abs=1e-3)
 
 
+def test_the_graph_of_an_only_batch_is_kept_while_the_parameters_stay() -> None:
+    model, _, batches = mlp()
+    calls = 0
+
+    def loss(batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    mean_loss = MeanLoss(model, loss, batches[:1])
+    v = torch.randn_like(mean_loss.point)
+    first = mean_loss.hessian_product(v)
+    assert torch.equal(mean_loss.hessian_product(v), first) and calls == 1
+    with torch.no_grad():
+        model[0].weight.add_(0.1)
+    moved = mean_loss.hessian_product(v)
+    assert calls == 2 and not torch.allclose(moved, first, rtol=1e-3)
+    torch.testing.assert_close(moved, MeanLoss(model, loss, batches[:1]).hessian_product(v))
+    several = MeanLoss(model, loss, batches[:1] * 2)
+    torch.testing.assert_close(several.hessian_product(v), moved)
+
+
 def test_errors_say_what_is_allowed() -> None:
     model, loss, batches = mlp()
     with pytest.raises(CurvatureError, match="allowed: autograd, differences"):
