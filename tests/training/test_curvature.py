@@ -11,6 +11,7 @@ from tiny_trainer import marian
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_extrap.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
 from hf_extrap.training.curvature import CurvatureError, MeanLoss, flatten, split
@@ -27,9 +28,9 @@ def mlp(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Loss, list[Any]]
     return model, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batches
 
 
-def dense_hessian(model: nn.Module, mean: Callable[[], Tensor]) -> Tensor:
-    """The Hessian of `mean`, row by row, in evaluation mode; independent of the code under test."""
-    model.eval()
+def dense_hessian(model: nn.Module, mean: Callable[[], Tensor], training: bool = False) -> Tensor:
+    """The Hessian of `mean`, row by row, in evaluation mode or not; independent of the code under test."""
+    model.train(training)
     parameters = list(model.parameters())
     first = torch.autograd.grad(mean(), parameters, create_graph=True)
     rows = []
@@ -142,6 +143,24 @@ def test_marian() -> None:
     near = largest_eigenpair(dense_products.hessian_product, mean_loss.point, tolerance=1e-2)
     assert pair.value == pytest.approx(near.value, rel=1e-2) and pair.value > 0.1
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_resnet() -> None:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 2, "hidden_sizes": [2, 3], "depths": [1, 1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=3, **sizes))
+    pixels, labels = torch.randn(6, 1, 16, 16), torch.randint(3, (6,))
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+
+    def loss(_: Any) -> Tensor:
+        return model(pixel_values=pixels, labels=labels).loss
+
+    mean_loss = MeanLoss(model, loss, [None])
+    pair = largest_eigenpair(mean_loss.hessian_product, mean_loss.point, tolerance=1e-4)
+    assert len(buffers) > 10 and all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    # Training mode has BatchNorm use the batch; there is no dropout.
+    dense = dense_hessian(model, lambda: loss(None), training=True)
+    assert pair.value == pytest.approx(largest(dense), rel=1e-3)
 
 
 def batch_norm_net() -> nn.Module:
