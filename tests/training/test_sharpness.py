@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from hf_extrap.configuration import resolve
 from hf_extrap.results import RunFolder
 from hf_extrap.run import run
+from hf_extrap.training.lanczos import largest_eigenpair
 
 EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
 SHARPNESS, PRECONDITIONED = "extrap/sharpness", "extrap/preconditioned_sharpness"
@@ -138,3 +139,20 @@ def test_a_resumed_run_measures_what_the_whole_one_does(tmp_path: Path) -> None:
     )
     assert rows(resumed, SHARPNESS) == rows(whole, SHARPNESS)
     assert len(rows(whole, SHARPNESS)) == 2
+
+
+def test_under_autocast_the_measurement_is_in_float32(tmp_path: Path) -> None:
+    trainer = train(tmp_path, bf16=True, sharpness_batches=1, **EVALUATED)
+    assert "_original_forward" in vars(trainer.model)
+    casting = trainer.model.forward
+    ((inputs, _),) = trainer._recent
+    rounded = trainer.model(**inputs).loss.item()
+    plain = gpt2().eval()
+    plain.load_state_dict(trainer.model.state_dict())
+    measured = trainer.mean_loss(trainer._recent).value()
+    assert measured == pytest.approx(plain(**inputs).loss.item(), abs=1e-6)
+    assert abs(measured - rounded) > 1e-5
+    assert trainer.model.forward == casting
+    mean_loss = trainer.mean_loss(trainer._recent)
+    pair = largest_eigenpair(mean_loss.hessian_product, mean_loss.point)
+    assert rows(trainer, SHARPNESS)[-1][SHARPNESS] == pytest.approx(pair.value, rel=0.05)
