@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from hf_extrap.figures import COLOURS, MARKERS, across_seeds, finish, series, spoken
 from hf_extrap.study.plan import Plan
-from hf_extrap.study.results import Entry, Results, scaling_start
+from hf_extrap.study.results import Entry, Results, scaling_start, worker_words
 from hf_extrap.study.statistics import Estimate
 
 WIDTH = 8.4
@@ -165,6 +165,7 @@ def _scaling(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.set_title({"gradients": "Gradients per worker"}.get(name, name.capitalize()), fontsize=10, loc="left")
     if not drawn:
         return None
+    panels[1].sharey(panels[0])
     _legend(figure, panels)
     return figure, (
         f"Steps, gradients per worker (a fresh direction pays twice) and seconds to validation "
@@ -194,7 +195,10 @@ def _curves(plan: Plan, results: Results) -> tuple[Figure, str] | None:
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(f"validation {spoken(results.metric)}", fontsize=9)
     _legend(figure, [axes])
-    return figure, f"Learning curves with {largest} workers: mean and range of the seeds, each method at its best."
+    return (
+        figure,
+        f"Learning curves with {worker_words(largest)}: mean and range of the seeds, each method at its best.",
+    )
 
 
 def _learning_rates(plan: Plan, results: Results) -> tuple[Figure, str] | None:
@@ -223,7 +227,7 @@ def _learning_rates(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.tick_params(labelsize=9)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate", fontsize=9)
-        axes.set_title(f"{workers} workers", fontsize=10, loc="left")
+        axes.set_title(worker_words(workers), fontsize=10, loc="left")
         _metric_axis(axes, results)
     if not drawn:
         return None
@@ -250,7 +254,7 @@ def _sensitivity(plan: Plan, results: Results) -> tuple[Figure, str] | None:
     figure, panels = _panels(len(maps), height=2.6, columns=min(3, len(plan.study.batches)))
     for axes, (method, workers, lists, entry) in zip(panels, maps, strict=True):
         _heat_map(axes, lists, entry, results)
-        axes.set_title(f"{method}, {workers} workers", fontsize=10, loc="left")
+        axes.set_title(f"{method}, {worker_words(workers)}", fontsize=10, loc="left")
     return (
         figure,
         f"Tuning: validation {spoken(results.metric)} over the searched fields; × diverged. Darker is better.",
@@ -314,7 +318,7 @@ def _along_training(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
     _legend(figure, panels)
-    return figure, f"Along training with {largest} workers: mean and range of the seeds."
+    return figure, f"Along training with {worker_words(largest)}: mean and range of the seeds."
 
 
 def _either(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from hf_extrap.report import make_table
 from hf_extrap.results import plain, versions, write_json, write_text
 from hf_extrap.study.figures import draw
 from hf_extrap.study.plan import Plan
-from hf_extrap.study.results import PERFECT_SCALING_MARGIN, Entry, Results, gather, largest_scaling_batch
+from hf_extrap.study.results import PERFECT_SCALING_MARGIN, Entry, Results, gather, largest_scaling_batch, worker_words
 from hf_extrap.study.runner import study_folder
 from hf_extrap.study.specification import read_study
 from hf_extrap.study.statistics import Estimate
@@ -68,7 +68,7 @@ def _sections(plan: Plan, results: Results) -> list[tuple[str, list[Table]]]:
     for batch in plan.study.batches:
         entries = [entry for entry in results.entries if entry.workers == batch.workers]
         size = next((entry.batch_size for entry in entries if entry.batch_size is not None), None)
-        title = f"{batch.workers} worker{'s' * (batch.workers > 1)}" + (f", batch size {size:,.0f}" if size else "")
+        title = worker_words(batch.workers) + (f", batch size {size:,.0f}" if size else "")
         found.append((title, [_quality(plan, results, entries), _price(plan, results, entries)]))
     return found
 
@@ -162,7 +162,7 @@ def _sentences(plan: Plan, results: Results) -> list[str]:
     if study.reference and study.baseline:
         found.append(
             f"Gap closed: ({study.baseline} − method) / ({study.baseline} − {study.reference.method} with "
-            f"{study.reference.workers} workers), all tuned; none where there is no gap."
+            f"{worker_words(study.reference.workers)}), all tuned; none where there is no gap."
         )
     if results.target is not None:
         within = ", ".join(f"{method} {batch:,.0f}" for method, batch in largest_scaling_batch(results).items())

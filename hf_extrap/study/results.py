@@ -100,6 +100,11 @@ class Results:
         return next((e for e in self.entries if (e.method, e.workers) == (method, workers)), None)
 
 
+def worker_words(workers: int) -> str:
+    """`1 worker`, `8 workers`."""
+    return f"{workers} worker{'s' * (workers > 1)}"
+
+
 def gather(plan: Plan, folder: StudyFolder) -> Results:
     """Collect and compare what is done.
 
