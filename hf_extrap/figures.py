@@ -28,7 +28,7 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
 
 def spoken(metric: str) -> str:
     """A metric as people write it."""
-    return {"bleu": "BLEU", "chrf": "chrF"}.get(metric, metric)
+    return {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}.get(metric, metric)
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -34,7 +34,9 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
         ["workers", worker_words(metrics)],
         ["training time", _seconds(metrics["train_seconds"])],
         ["seconds a step", _optional(metrics["seconds_per_step"], ".3f")],
-        ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")],
+        ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")]
+        if metrics["tokens_per_second"]
+        else ["samples a second", _optional(metrics["samples_per_second"], ",.0f")],
     ]
     if metrics["world_size"] > 1:
         rows.append(["processes ended with the same weights", "yes" if metrics["ranks_identical"] else "NO"])

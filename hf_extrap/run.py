@@ -142,6 +142,7 @@ def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Traine
         preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
     )
     trainer.batch_size_unit = prepared.batch_size_unit
+    trainer.augment = prepared.augment
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress(prepared.metric))

@@ -12,8 +12,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
 
 
-def test_there_are_recipes_of_both_tasks() -> None:
-    assert {path.parent.name for path in RECIPES} == {"language_modeling", "translation"}
+def test_there_are_recipes_of_every_task() -> None:
+    assert {path.parent.name for path in RECIPES} == {"image_classification", "language_modeling", "translation"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -23,7 +23,7 @@ def test_it_resolves_to_its_task_and_preset(path: Path, tmp_path: Path) -> None:
     assert configuration.task.name == path.parent.name
     assert arguments.extrap_config().direction == "past_gradient"
     assert arguments.gradient_accumulation_steps == arguments.extrap_virtual_workers > 1
-    full_size = path.stem in ("wikitext2_lstm", "multi30k")
+    full_size = path.stem in ("wikitext2_lstm", "multi30k", "cifar10_resnet20")
     assert (arguments.extrap_virtual_workers == 24) == full_size
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from hf_extrap.models.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM, ExtrapLstmModel
+from hf_extrap.models.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
 
-__all__ = ["ExtrapLstmConfig", "ExtrapLstmForCausalLM", "ExtrapLstmModel", "register"]
+__all__ = [
+    "ExtrapLstmConfig",
+    "ExtrapLstmForCausalLM",
+    "ExtrapLstmModel",
+    "ExtrapResNetConfig",
+    "ExtrapResNetForImageClassification",
+    "register",
+]
 
 
 def register() -> None:
-    """Make `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and pipelines know the models; may be called again."""
+    """Make the Auto classes and pipelines know the models; may be called again."""
     AutoConfig.register(ExtrapLstmConfig.model_type, ExtrapLstmConfig, exist_ok=True)
     AutoModel.register(ExtrapLstmConfig, ExtrapLstmModel, exist_ok=True)
     AutoModelForCausalLM.register(ExtrapLstmConfig, ExtrapLstmForCausalLM, exist_ok=True)
+    AutoConfig.register(ExtrapResNetConfig.model_type, ExtrapResNetConfig, exist_ok=True)
+    AutoModelForImageClassification.register(ExtrapResNetConfig, ExtrapResNetForImageClassification, exist_ok=True)
 
 
 register()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 #: Task name -> "module:class"; a task is imported when it is first asked for.
 TASKS: dict[str, str] = {
+    "image_classification": "hf_extrap.tasks.image_classification:ImageClassificationTask",
     "language_modeling": "hf_extrap.tasks.language_modeling:LanguageModelingTask",
     "translation": "hf_extrap.tasks.translation:TranslationTask",
 }

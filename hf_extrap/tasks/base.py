@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import datasets
 
 if TYPE_CHECKING:
+    import torch
     from torch.utils.data import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 SPLITS = ("train", "validation", "test")
 #: File ending -> builder of `datasets` that reads it.
@@ -32,11 +33,12 @@ class PreparedTask:
         metric: Key of the leading metric, without the prefix `eval_`, such as `perplexity`.
         batch_size_unit: Number of units (such as tokens) that one dataset item counts for.
         tokens_per_epoch: Target tokens in one epoch of the training set.
+        augment: Changes a training batch that is on its device, at random by the generator alone.
         facts: What the model card and `metrics.json` say about data and vocabulary.
     """
 
     model: PreTrainedModel
-    processing_class: PreTrainedTokenizerBase | None
+    processing_class: PreTrainedTokenizerBase | BaseImageProcessor | None
     train_dataset: Dataset
     eval_dataset: Dataset
     test_dataset: Dataset | None
@@ -45,6 +47,7 @@ class PreparedTask:
     greater_is_better: bool
     compute_metrics: Callable[..., dict[str, float]] | None = None
     preprocess_logits_for_metrics: Callable[..., Any] | None = None
+    augment: Callable[[dict[str, Any], torch.Generator], dict[str, Any]] | None = None
     batch_size_unit: float = 1.0
     tokens_per_epoch: int = 0
     samples_per_epoch: int = 0
@@ -98,7 +101,11 @@ class Task(Protocol):
 
 
 def load_splits(
-    arguments: DataArguments, *, columns: Sequence[str], builtin: Callable[[], datasets.DatasetDict]
+    arguments: DataArguments,
+    *,
+    columns: Sequence[str],
+    builtin: Callable[[], datasets.DatasetDict],
+    cut_validation: Callable[[datasets.Dataset], tuple[datasets.Dataset, datasets.Dataset]] | None = None,
 ) -> datasets.DatasetDict:
     """Load the splits train, validation and test that the arguments name.
 
@@ -106,19 +113,24 @@ def load_splits(
         arguments: `data_dir` wins over `dataset`; `max_train_samples` and `max_eval_samples` cut the splits.
         columns: Columns that every split must have, such as `("text",)`.
         builtin: Makes the task's own data, for `dataset: builtin`.
+        cut_validation: Divides train into what remains and validation, for data that has no validation split; by
+            default such data is refused.
 
     Raises:
         FileNotFoundError: If `data_dir` or a split in it is missing, or the Hub dataset cannot be found.
         ValueError: If a file cannot be read, lacks a column, or holds no row; or if the dataset lacks a split.
     """
     if arguments.data_dir is not None:
-        splits = _from_folder(Path(arguments.data_dir).expanduser(), arguments.cache_root / "raw")
+        needed = [name for name in SPLITS if name != "validation" or cut_validation is None]
+        splits = _from_folder(Path(arguments.data_dir).expanduser(), arguments.cache_root / "raw", needed)
         origin = f"data_dir {arguments.data_dir!r}"
     elif arguments.dataset == "builtin":
         splits, origin = builtin(), "the built-in data"
     else:
         splits = _from_hub(arguments.dataset, arguments.dataset_config)
         origin = f"dataset {arguments.dataset!r}"
+    if cut_validation is not None and "train" in splits and "validation" not in splits:
+        splits["train"], splits["validation"] = cut_validation(splits["train"])
     for name in SPLITS:
         if name not in splits:
             raise ValueError(f"{origin} has no split {name!r}: it has {', '.join(splits)}.")
@@ -139,7 +151,7 @@ def _first_rows(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
     return split if limit is None else split.select(range(min(limit, len(split))))
 
 
-def _from_folder(folder: Path, cache_dir: Path) -> datasets.DatasetDict:
+def _from_folder(folder: Path, cache_dir: Path, needed: Sequence[str]) -> datasets.DatasetDict:
     if not folder.is_dir():
         raise FileNotFoundError(f"data_dir {str(folder)!r} is not a folder: give one with {ALLOWED_NAMES}.")
     splits = {}
@@ -148,6 +160,8 @@ def _from_folder(folder: Path, cache_dir: Path) -> datasets.DatasetDict:
             folder / f"{name}.{ending}{gz}": reader for ending, reader in READERS.items() for gz in ("", ".gz")
         }
         found = [path for path in candidates if path.is_file()]
+        if not found and name not in needed:
+            continue
         if not found:
             raise FileNotFoundError(
                 f"data_dir {str(folder)!r} has no file for split {name!r}: it needs {ALLOWED_NAMES}."

@@ -18,6 +18,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 # Task of this package -> the Hub's pipeline tag and its spoken name.
 _HUB_TASKS = {
+    "image_classification": ("image-classification", "Image Classification"),
     "language_modeling": ("text-generation", "Text Generation"),
     "translation": ("translation", "Translation"),
 }
@@ -147,6 +148,7 @@ def _training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         "global batch": _batch_words(metrics),
         "seconds a step": metrics["seconds_per_step"],
         "tokens a second": metrics["tokens_per_second"],
+        "samples a second": None if metrics["tokens_per_second"] else metrics["samples_per_second"],
         "seconds of training": metrics["train_seconds"],
         "seed": metrics["seed"],
     }
@@ -162,11 +164,14 @@ def _dataset_name(facts: Mapping[str, Any]) -> str:
 
 
 def _loading(model: PreTrainedModel) -> str:
+    processor, made = "AutoTokenizer", "tokenizer"
     auto = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
-    lines = [f"from transformers import {auto}, AutoTokenizer", ""]
+    if model.main_input_name == "pixel_values":
+        auto, processor, made = "AutoModelForImageClassification", "AutoImageProcessor", "processor"
+    lines = [f"from transformers import {auto}, {processor}", ""]
     if type(model).__module__.startswith("hf_extrap."):
         lines.insert(0, "import hf_extrap.models  # registers the architecture")
-    lines += [f'model = {auto}.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")']
+    lines += [f'model = {auto}.from_pretrained("PATH")', f'{made} = {processor}.from_pretrained("PATH")']
     return "\n".join(lines)
 
 

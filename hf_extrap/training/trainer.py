@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
+from hf_extrap.optim.directions import generator_for
 from hf_extrap.optim.extrapolated import Extrapolated
 
 from .arguments import ExtrapArguments
@@ -38,6 +39,7 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
     Attributes:
         batch_size_unit: how many units, such as tokens, one item of the dataset counts for `lr_scaling` and the
             gradient noise scale.
+        augment: changes a training micro-batch that is on its device, at random by the generator alone.
     """
 
     _tag_names = ["hf_extrap"]
@@ -51,6 +53,7 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
                 "ExtrapTrainingArguments, or a class with ExtrapArguments before its own TrainingArguments as bases."
             )
         self.batch_size_unit = 1.0
+        self.augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
         self._extrap_config = self.args.extrap_config()
         self._extrapolates = self._extrap_config.direction != "none"
         self._refuse_unsupported_engines()
@@ -140,6 +143,8 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
         if batches and not self._loss_kwargs_checked and num_items is not None:
             self._check_loss_kwargs(batches[0])
             num_items = num_items if self.model_accepts_loss_kwargs else None
+        if self.augment is not None:
+            batches = [self._augmented(inputs, index) for index, inputs in enumerate(batches)]
         self._earlier_batches, self._earlier_states = self._step_batches, self._step_states
         self._step_batches = batches
         self._micro_batch = 0
@@ -153,6 +158,14 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
                 optimizer.loss_scale = 1 / len(batches)
             optimizer.collect_statistics = self._logs_after_this_step()
         return batches, num_items
+
+    def _augmented(self, inputs: Inputs, micro_batch: int) -> Inputs:
+        """A micro-batch, augmented once for all its passes, alike for a virtual worker and for a process."""
+        assert self.augment is not None
+        inputs = self._prepare_inputs(inputs)
+        worker = micro_batch * self.args.world_size + self.args.process_index
+        key = ("augmentation", self.args.seed, self.state.global_step, worker)
+        return self.augment(inputs, generator_for(self.args.device, *key))
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> Tensor:
         """One worker's pass: a fresh direction where the scheme has one, x → y, forward and backward at y, y → x."""

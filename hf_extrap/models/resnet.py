@@ -1,0 +1,118 @@
+"""The ResNet for small pictures (He et al. 2016, section 4.2) as a `PreTrainedModel`: 6n + 2 layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification, initialization
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer
+
+
+class ExtrapResNetConfig(ResNetConfig):
+    """Shape of a ResNet for small pictures, and how its pictures are normalised.
+
+    Args:
+        depth: Layers with weights, 6n + 2: three stages of n basic blocks (8, 14, 20, 32, …).
+        width: Channels of the first stage; the second has twice, the third four times as many.
+        image_mean: Mean of each channel over the training set, of values in [0, 1].
+        image_std: Standard deviation of each channel, likewise.
+
+    Raises:
+        ValueError: If the depth is none of these, the width is not positive, or the channels do not fit together.
+    """
+
+    model_type = "extrap_resnet"
+
+    depth: int = 20
+    width: int = 16
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.depth < 8 or self.depth % 6 != 2:
+            raise ValueError(f"`depth` of the ResNet is {self.depth}: it must be 6n + 2, such as 8, 14, 20 or 32.")
+        if self.width < 1:
+            raise ValueError(f"`width` of the ResNet is {self.width}: it must be at least 1.")
+        if not len(self.image_mean) == len(self.image_std) == self.num_channels or min(self.image_std) <= 0:
+            raise ValueError(
+                f"`image_mean` is {self.image_mean} and `image_std` {self.image_std}: each needs one number for "
+                f"each of the {self.num_channels} channels, and deviations are positive."
+            )
+        self.layer_type = "basic"
+        self.embedding_size = self.width
+        self.hidden_sizes = [self.width, 2 * self.width, 4 * self.width]
+        self.depths = [(self.depth - 2) // 6] * 3
+        super().__post_init__(**kwargs)
+
+
+class Normalization(nn.Module):
+    """Normalises pictures of bytes where they are; floats are taken as normalised already."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ExtrapResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Not saved: the configuration has them.
+        self.register_buffer("mean", torch.empty(config.num_channels, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(config.num_channels, 1, 1), persistent=False)
+
+    def fill_buffers(self) -> None:
+        """Take mean and deviation, of values in [0, 255], from the configuration."""
+        for buffer, values in ((self.mean, self.config.image_mean), (self.std, self.config.image_std)):
+            initialization.copy_(buffer, 255 * torch.tensor(values).view(-1, 1, 1))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map (batch, channels, height, width) to floats of the same shape."""
+        return (pixel_values - self.mean) / self.std if pixel_values.dtype == torch.uint8 else pixel_values
+
+
+class ExtrapResNetForImageClassification(ResNetForImageClassification):
+    """Three stages of basic blocks at full, half and quarter resolution, mean over positions, one linear layer.
+
+    272,474 parameters at depth 20, width 16 and 10 classes. Where a block widens, its shortcut is a 1 × 1 convolution
+    (option B of the paper, which has option A on CIFAR-10).
+
+    Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
+    """
+
+    config_class = ExtrapResNetConfig
+    # The loss ignores num_items_in_batch: the Trainer must divide by the accumulation.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ExtrapResNetConfig) -> None:
+        super().__init__(config)
+        self.normalization = Normalization(config)
+        stem = ResNetConvLayer(config.num_channels, config.embedding_size, kernel_size=3)
+        self.resnet.add_module("embedder", stem)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Normalization):
+            module.fill_buffers()
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classify pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), uint8 as they are, or floats that are already normalised.
+            labels: (batch,), for the loss: mean cross entropy in nats.
+
+        Raises:
+            ValueError: If `pixel_values` is missing or of another shape.
+        """
+        channels = self.config.num_channels
+        if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            shape = None if pixel_values is None else tuple(pixel_values.shape)
+            raise ValueError(f"`pixel_values` has the shape {shape}: it must be (batch, {channels}, height, width).")
+        pixel_values = self.normalization(pixel_values).to(self.dtype)
+        return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)
