@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,10 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     check_checkpoint_matches(folder, prepared.model)
-    model = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-    trainer = cast(ExtrapTrainer, make_trainer(configuration, dataclasses.replace(prepared, model=model)))
+    weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
+    # Into the task's own model, which knows what is trained: a loaded one would train fixed positions too.
+    prepared.model.float().load_state_dict(weights)
+    trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
     step = folder.name.removeprefix("checkpoint-")
     return SavedRun(
         folder=folder,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import MarianMTModel
 
 from hf_extrap.cli import main
 from hf_extrap.configuration import resolve
@@ -116,11 +117,15 @@ def test_a_saved_model_takes_its_fields_from_a_file(
     assert not (model / "run.json").exists()
 
 
-def test_translation(tmp_path: Path, tiny_translation: Path) -> None:
-    folder = tmp_path / "run"
-    run(resolve(tiny_translation, ["--output_dir", str(folder), "--max_steps", "3", "--eval_strategy", "no"]))
+def test_translation_leaves_out_the_fixed_positions(tmp_path: Path, tiny_translation: Path) -> None:
+    run(resolve(tiny_translation, ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--eval_strategy", "no"]))
+    folder = tmp_path / "run" / "checkpoint-3"
     content = measured([str(folder), "--batches", "1"], folder)
     assert content["task"] == "translation" and content["sharpness"] > 0 and content["sharpness_residual"] < 0.02
+    assert content["preconditioned_sharpness"] > 0
+    model = MarianMTModel.from_pretrained(folder)
+    fixed = sum(p.numel() for name, p in model.named_parameters() if "embed_positions" in name)
+    assert content["parameters"] == sum(p.numel() for p in model.parameters()) - fixed
 
 
 def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
