@@ -17,6 +17,7 @@ from hf_extrap.configuration import resolve
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.results import UNCOMPARED, RunFolder, versions
 from hf_extrap.run import run
+from hf_extrap.study.folder import DROPPED
 from hf_extrap.study.plan import Cell, Row
 from hf_extrap.summary import gradients_per_step
 
@@ -136,5 +137,5 @@ def _split(found: dict[str, Any], prefix: str) -> dict[str, float]:
     return {
         name.removeprefix(prefix): value
         for name, value in found.items()
-        if name.startswith(prefix) and not name.endswith(("_runtime", "_per_second")) and isinstance(value, int | float)
+        if name.startswith(prefix) and not name.endswith(DROPPED) and isinstance(value, int | float)
     }

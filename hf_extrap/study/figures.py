@@ -57,8 +57,9 @@ def _methods(plan: Plan) -> list[str]:
 
 
 def _style(plan: Plan, method: str) -> dict[str, Any]:
-    index = _methods(plan).index(method)
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": method}
+    cycle, index = divmod(_methods(plan).index(method), len(COLOURS))
+    marker = MARKERS[(index + cycle) % len(MARKERS)]
+    return {"color": COLOURS[index], "marker": marker, "linestyle": ("-", "--", ":")[cycle % 3], "label": method}
 
 
 def _panels(count: int, height: float = 3.3, columns: int = 3) -> tuple[Figure, list[Axes]]:

@@ -19,7 +19,8 @@ ROWS_FILE, HISTORIES, RUNS, LOCK_FILE = "rows.jsonl", "histories", "runs", ".loc
 
 KEPT = ("step", "loss", "learning_rate")
 """History keys that are kept, beside all of evaluations and of the extrapolation."""
-DROPPED = ("_runtime", "_per_second")
+DROPPED = ("_runtime", "_per_second", "_preparation_time")
+"""Endings of the keys that tell how long an evaluation took."""
 
 
 @dataclass(frozen=True)
