@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from hf_extrap.configuration import resolve
+from hf_extrap.study.plan import Plan
+from hf_extrap.study.specification import read_study
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RECIPES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+RECIPES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("accelerate", "studies"))
+STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
 
 
 def test_there_are_recipes_of_every_task() -> None:
@@ -32,3 +35,11 @@ def test_another_preset_may_take_its_place(preset: str, tmp_path: Path) -> None:
     for path in RECIPES:
         arguments = resolve(path, ["--extrap", preset, "--output_dir", str(tmp_path)]).training_arguments
         assert arguments.extrap_config().is_fresh == (preset == "extrap")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_that_is_shipped_can_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    plan = Plan(read_study(path))
+    plan.check()
+    assert len(plan.ready({})) == len(plan.chains) * plan.study.search.trials * len(plan.study.tune_seeds)
