@@ -11,6 +11,8 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_extrap.optim.config import Batch, Direction, DirectionDtype, ExtrapConfig, Scaling, Scope
 
+from .base_optimizers import base_optimizer
+
 if TYPE_CHECKING:
     Base = TrainingArguments
 else:
@@ -37,6 +39,8 @@ class ExtrapArguments(Base):
         warmup_epochs: warm-up in epochs, instead of warmup_steps.
         lr_milestones, lr_milestone_factor: step decay at shares of the training, instead of lr_scheduler_type.
         sgd_momentum, sgd_nesterov: of `optim: sgd`.
+        base_optimizer: a name of torch.optim or pytorch_optimizer (nadam, lars, lamb), instead of optim; optim_args
+            are its keyword arguments.
 
     Parameters that control recurrent models:
         carry_state: truncated backpropagation through time, each worker's recurrent state goes on in its next batch.
@@ -81,6 +85,10 @@ class ExtrapArguments(Base):
     lr_milestone_factor: float = field(default=0.1, metadata={"help": "What each milestone multiplies the rate by."})
     sgd_momentum: float = field(default=0.0, metadata={"help": "Momentum of optim 'sgd'."})
     sgd_nesterov: bool = field(default=False, metadata={"help": "Nesterov's momentum for optim 'sgd'."})
+    base_optimizer: str | None = field(
+        default=None,
+        metadata={"help": "Optimizer of torch or pytorch_optimizer (nadam, lars, lamb), instead of optim."},
+    )
     carry_state: bool = field(
         default=False, metadata={"help": "Hand the recurrent state of a batch on to the worker's next batch."}
     )
@@ -104,6 +112,13 @@ class ExtrapArguments(Base):
             raise ValueError(f"sharpness_batches is {self.sharpness_batches}; allowed: a whole number >= 0.")
         self.extrap_config()
         self._check_learning_rate()
+        if self.base_optimizer is not None:
+            if self.optim != self.default_optim:
+                raise ValueError(
+                    f"base_optimizer is {self.base_optimizer!r} and optim is {str(self.optim)!r}; allowed: one of them "
+                    f"(optim at its default, {self.default_optim!r})."
+                )
+            base_optimizer(self, self.base_optimizer)
 
     def _check_learning_rate(self) -> None:
         if self.lr_scaling not in ("none", "linear", "sqrt"):

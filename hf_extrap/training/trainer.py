@@ -19,6 +19,7 @@ from hf_extrap.optim.directions import generator_for
 from hf_extrap.optim.extrapolated import Extrapolated
 
 from .arguments import ExtrapArguments
+from .base_optimizers import base_optimizer
 from .carried_state import CarriedState
 from .reporting import EVALUATION
 from .resuming import ResumingMixin
@@ -120,7 +121,9 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """The stock choice, with momentum for `optim: sgd`."""
+        """The one that `base_optimizer` names, or the stock choice, with momentum for `optim: sgd`."""
+        if isinstance(args, ExtrapArguments) and args.base_optimizer is not None:
+            return base_optimizer(args, args.base_optimizer)
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if isinstance(args, ExtrapArguments) and args.sgd_momentum:
             kwargs |= {"momentum": args.sgd_momentum, "nesterov": args.sgd_nesterov}

@@ -1,0 +1,91 @@
+"""The base optimizer by its name: of torch.optim, or else of pytorch_optimizer (LARS, LAMB, …)."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+_NOT_IN_A_LOOP = {"optimizer", "lbfgs", "sparseadam"}
+# Unless told so, the library's LAMB multiplies its normalised step by 1 / (1 - beta1^t): 10 times too long at first.
+_AS_IN_THE_PAPER = {"lamb": {"adam_debias": True}}
+
+
+def base_optimizer(args: TrainingArguments, name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and keyword arguments of the optimizer `name`, with `optim_args` over the defaults.
+
+    torch.optim is looked in first. Its Adam kin take adam_beta1, adam_beta2 and adam_epsilon, and decay weights
+    apart from the gradient as AdamW does; optimizers of pytorch_optimizer keep that library's defaults.
+
+    Raises:
+        ValueError: for a name or an argument that there is not, with close matches.
+        ImportError: if the name is not torch's and pytorch_optimizer is missing.
+    """
+    given = parse_arguments(args.optim_args)
+    torch_optimizers = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key.lower() not in _NOT_IN_A_LOOP
+    }
+    optimizer_class = torch_optimizers.get(name.lower())
+    from_torch = optimizer_class is not None
+    if optimizer_class is None:
+        optimizer_class = _of_library(name, list(torch_optimizers))
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(optimizer_class).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    needed = [key for key, p in parameters.items() if p.default is p.empty and key not in given and key != "params"]
+    if "params" not in parameters or needed:
+        raise ValueError(f"base_optimizer {name!r} needs more than parameters and numbers; allowed: a plain optimizer.")
+    allowed = sorted(set(parameters) - {"params", "lr", "weight_decay"})
+    for key in given:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed) or allowed
+            raise ValueError(f"optim_args has {key!r}, which {name!r} does not take; allowed: {', '.join(close)}.")
+    defaults: dict[str, Any] = {"lr": args.learning_rate}
+    if from_torch:
+        adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "decoupled_weight_decay": True}
+        defaults |= {key: value for key, value in adam.items() if "betas" in parameters and key in parameters}
+    else:
+        defaults |= _AS_IN_THE_PAPER.get(name.lower(), {})
+    return optimizer_class, defaults | given
+
+
+def parse_arguments(text: str | None) -> dict[str, Any]:
+    """Python literals by name, of a text such as "momentum=0.9,betas=(0.9,0.98),nesterov=true"."""
+    try:
+        call = ast.parse(f"f({text or ''})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {str(k.arg): _literal(k.value) for k in call.keywords if k.arg or _literal(k.value)}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(f"optim_args is {text!r}; allowed: name=value,name=value with Python's literals.") from None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id in ("true", "false"):
+        return node.id == "true"
+    return ast.literal_eval(node)
+
+
+def _of_library(name: str, torch_names: list[str]) -> type[torch.optim.Optimizer]:
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        raise ImportError(
+            f"base_optimizer {name!r} is not of torch.optim, and pytorch_optimizer is missing: "
+            "pip install 'hf_extrap[optimizers]'."
+        ) from None
+    names = pytorch_optimizer.get_supported_optimizers()
+    if name.lower() not in names:
+        close = difflib.get_close_matches(name.lower(), [*names, *torch_names], n=5)
+        raise ValueError(
+            f"base_optimizer is {name!r}; allowed: {', '.join(close) or 'sgd, adamw, nadam, lars, lamb'}, or another "
+            "name of torch.optim or pytorch_optimizer."
+        )
+    return pytorch_optimizer.load_optimizer(name.lower())
