@@ -69,8 +69,8 @@ class DataArguments:
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "Where prepared data is kept; default: <HF datasets cache>/hf_extrap."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first rows of train."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first rows of the others."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many rows of train."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many rows of the others."})
 
     def __post_init__(self) -> None:
         for name in ("max_train_samples", "max_eval_samples"):
@@ -106,6 +106,7 @@ def load_splits(
     columns: Sequence[str],
     builtin: Callable[[], datasets.DatasetDict],
     cut_validation: Callable[[datasets.Dataset], tuple[datasets.Dataset, datasets.Dataset]] | None = None,
+    take: Callable[[datasets.Dataset, int], datasets.Dataset] | None = None,
 ) -> datasets.DatasetDict:
     """Load the splits train, validation and test that the arguments name.
 
@@ -115,6 +116,7 @@ def load_splits(
         builtin: Makes the task's own data, for `dataset: builtin`.
         cut_validation: Divides train into what remains and validation, for data that has no validation split; by
             default such data is refused.
+        take: Takes so many rows of a split that has more; by default the first ones.
 
     Raises:
         FileNotFoundError: If `data_dir` or a split in it is missing, or the Hub dataset cannot be found.
@@ -141,14 +143,17 @@ def load_splits(
             )
         if len(splits[name]) == 0:
             raise ValueError(f"split {name!r} of {origin} is empty: at least one row is needed.")
+    take = take or (lambda rows, count: rows.select(range(count)))
     limits = {"train": arguments.max_train_samples}
     return datasets.DatasetDict(
-        {name: _first_rows(splits[name], limits.get(name, arguments.max_eval_samples)) for name in SPLITS}
+        {name: _limited(splits[name], limits.get(name, arguments.max_eval_samples), take) for name in SPLITS}
     )
 
 
-def _first_rows(split: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    return split if limit is None else split.select(range(min(limit, len(split))))
+def _limited(
+    split: datasets.Dataset, limit: int | None, take: Callable[[datasets.Dataset, int], datasets.Dataset]
+) -> datasets.Dataset:
+    return split if limit is None or limit >= len(split) else take(split, limit)
 
 
 def _from_folder(folder: Path, cache_dir: Path, needed: Sequence[str]) -> datasets.DatasetDict:

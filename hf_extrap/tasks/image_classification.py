@@ -14,7 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_extrap.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 from hf_extrap.tasks.augmentation import Augmentation
 from hf_extrap.tasks.base import DataArguments, PreparedTask, load_splits
-from hf_extrap.tasks.images import Pictures, builtin_digits, collate, decoded, stratified_cut
+from hf_extrap.tasks.images import Pictures, builtin_digits, collate, decoded, random_rows, stratified_cut
 
 
 @dataclass
@@ -96,6 +96,7 @@ class ImageClassificationTask:
                 columns=(arguments.image_column, arguments.label_column),
                 builtin=builtin_digits,
                 cut_validation=lambda rows: stratified_cut(rows, arguments.validation_samples, arguments.label_column),
+                take=random_rows,
             )
             pictures = decoded(splits, arguments.cache_root, arguments.image_column, arguments.label_column)
         names = class_names(splits["train"], pictures, arguments.label_column)
@@ -145,14 +146,15 @@ def class_names(train: datasets.Dataset, pictures: dict[str, Pictures], label_co
     """Names of the classes by their number; the numbers themselves where the data gives none.
 
     Raises:
-        ValueError: If a split has a class that train has not.
+        ValueError: If a split has a class that train does not know.
     """
-    known = int(pictures["train"].labels.max())
-    for name, part in pictures.items():
-        if part.labels.max() > known:
-            raise ValueError(f"split {name!r} has class {part.labels.max()}, but train only classes up to {known}.")
     feature = train.features[label_column]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(i) for i in range(known + 1)]
+    numbers = range(int(pictures["train"].labels.max()) + 1)
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(number) for number in numbers]
+    for name, part in pictures.items():
+        if part.labels.max() >= len(names):
+            raise ValueError(f"split {name!r} has class {part.labels.max()}, but train has only {len(names)} classes.")
+    return names
 
 
 def build_model(

@@ -65,6 +65,11 @@ def stratified_cut(rows: datasets.Dataset, size: int, label_column: str) -> tupl
     return kept, cut
 
 
+def random_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Return `count` rows at random, the same each time: files are often in the order of their classes."""
+    return rows.select(np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(rows))[:count]))
+
+
 @dataclass
 class Pictures(Dataset):
     """Pictures in memory or mapped from disk.

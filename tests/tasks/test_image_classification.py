@@ -171,6 +171,16 @@ def test_other_models_are_refused(tmp_path: Path, cache: Path) -> None:
         prepare(cache, model=str(tmp_path / "missing"))
 
 
+def test_a_subset_of_sorted_rows_has_every_class(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (200, 6, 6, 3), dtype=np.uint8)
+    ordered = rows(pictures, [i // 50 for i in range(200)])
+    folder = write(tmp_path / "data", train=ordered, test=ordered)
+    counts = {"max_train_samples": 60, "max_eval_samples": 30, "validation_samples": 40}
+    prepared = prepare(tmp_path, data_dir=str(folder), **counts)
+    for part, size in ((prepared.train_dataset, 60), (prepared.eval_dataset, 30), (prepared.test_dataset, 30)):
+        assert len(part) == size and len(np.unique(part.labels)) == 4
+
+
 def test_a_cut_is_the_same_each_time() -> None:
     data = builtin_digits()["train"]
     (kept, cut), (_, again) = (stratified_cut(data, 100, "label") for _ in range(2))
