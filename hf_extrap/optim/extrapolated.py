@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .base_iterate import BaseIterate
+from .batch_norm import running_statistics_kept
 from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import last_update, noise
@@ -166,7 +167,8 @@ class Extrapolated(Optimizer):
 
         Args:
             worker: the virtual worker; global scope has one direction for all.
-            model: a DistributedDataParallel module, to save the averaging that local scope has no use for.
+            model: the module that is passed: its BatchNorm layers do not count the batch, which the pass at y does; and
+                with DistributedDataParallel, local scope is spared the averaging that it has no use for.
 
         Gradients already in `.grad` are kept aside and put back, and so is the random state, so that the pass at y
         meets the same dropout masks (with `batch: independent` the masks are independent too).
@@ -188,7 +190,7 @@ class Extrapolated(Optimizer):
         self._probing = True
         self._capture.listening = True
         try:
-            with self._random_state_kept(), self._unaveraged(model):
+            with self._random_state_kept(), self._unaveraged(model), running_statistics_kept(model):
                 yield
             if self.config.is_local:
                 self._memory.directions[key] = [d if i in filled else None for i, d in enumerate(direction)]

@@ -45,6 +45,10 @@ class ExtrapArguments(Base):
     Parameters that control recurrent models:
         carry_state: truncated backpropagation through time, each worker's recurrent state goes on in its next batch.
 
+    Parameters that control models with BatchNorm:
+        recalibrate_batch_norm: how many of the last training micro-batches of each process give new running statistics,
+            at x, before every evaluation and before the model is saved at the end; 0 for none.
+
     Parameters that control what is measured:
         sharpness_batches: how many of the last training micro-batches of each process the largest Hessian eigenvalue is
             measured on, at every evaluation while training; 0 for never. A measurement takes 8 products or more, each
@@ -92,6 +96,10 @@ class ExtrapArguments(Base):
     carry_state: bool = field(
         default=False, metadata={"help": "Hand the recurrent state of a batch on to the worker's next batch."}
     )
+    recalibrate_batch_norm: int = field(
+        default=0,
+        metadata={"help": "Last micro-batches that give BatchNorm new statistics at x for evaluation; 0: none."},
+    )
     sharpness_batches: int = field(
         default=0, metadata={"help": "Last micro-batches on which each evaluation measures the sharpness; 0: never."}
     )
@@ -110,6 +118,8 @@ class ExtrapArguments(Base):
         super().__post_init__()
         if self.sharpness_batches < 0:
             raise ValueError(f"sharpness_batches is {self.sharpness_batches}; allowed: a whole number >= 0.")
+        if self.recalibrate_batch_norm < 0:
+            raise ValueError(f"recalibrate_batch_norm is {self.recalibrate_batch_norm}; allowed: a whole number >= 0.")
         self.extrap_config()
         self._check_learning_rate()
         if self.base_optimizer is not None:

@@ -20,6 +20,7 @@ from hf_extrap.optim.extrapolated import Extrapolated
 
 from .arguments import ExtrapArguments
 from .base_optimizers import base_optimizer
+from .batch_norm import BatchNormMixin
 from .carried_state import CarriedState
 from .reporting import EVALUATION
 from .resuming import ResumingMixin
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 Inputs = dict[str, Any]
 
 
-class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
+class ExtrapTrainerMixin(BatchNormMixin, SharpnessMixin, ResumingMixin):
     """Extrapolation for any Trainer: `class MyTrainer(ExtrapTrainerMixin, SomeTrainer)`.
 
     Its arguments need the fields of `ExtrapArguments`. Gradients are taken at y; whatever the loop does between its
@@ -70,6 +71,7 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
         self._earlier_states: dict[str, Tensor] = {}
         self._start_reporting()
         self._start_sharpness()
+        self._start_batch_norm()
 
     def _refuse_unsupported_engines(self) -> None:
         if not self._extrapolates:
@@ -156,6 +158,7 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
             self._carried.reset()
         self._step_states = self._carried.tensors()
         self._keep_for_sharpness(batches)
+        self._keep_for_batch_norm(batches)
         if (optimizer := self.extrapolated) is not None:
             if optimizer.virtual_workers > 1 and batches:
                 optimizer.loss_scale = 1 / len(batches)
@@ -180,7 +183,8 @@ class ExtrapTrainerMixin(SharpnessMixin, ResumingMixin):
             self._probe(model, optimizer, worker)
         optimizer.train(worker=worker)
         self._last_pass = (inputs, self._carried.of(self._slot))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._statistics_of_first_worker(model, self._micro_batch):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         optimizer.rest()
         self._micro_batch += 1
         if optimizer.collect_statistics and self._micro_batch == len(self._step_batches):

@@ -1,0 +1,85 @@
+"""The Trainer with BatchNorm and augmentation: what counts, what both passes of a step see, what evaluation uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_images import buffers, train_images
+from torch import Tensor
+
+from hf_extrap.training.arguments import ExtrapTrainingArguments
+
+
+@pytest.mark.parametrize("preset", ["none", "extrap-past", "extrap", "extragradient"])
+def test_a_step_counts_one_batch_whatever_its_workers_and_probes(tmp_path: Path, preset: str) -> None:
+    trainer = train_images(tmp_path, extrap=preset, extrap_virtual_workers=2, max_steps=3)
+    counts = {int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {3}
+
+
+def test_both_passes_of_a_fresh_step_see_one_augmented_batch(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    trainer = train_images(tmp_path, extrap="extrap", max_steps=2, seen=seen)
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[0], torch.from_numpy(trainer.train_dataset.images[:4]))
+
+
+def test_an_augmentation_is_that_of_its_step_and_worker(tmp_path: Path) -> None:
+    runs: list[list[Tensor]] = [[], []]
+    for seen, workers in zip(runs, (2, 1), strict=True):
+        train_images(tmp_path, extrap_virtual_workers=workers, max_steps=2, seen=seen)
+    # Step 0, worker 0 is the same in both; another worker and another step draw anew.
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.equal(runs[0][1], runs[1][1])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_with_its_statistics(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"extrap": "extrap-past", "extrap_virtual_workers": 2, "save_strategy": "steps"}
+    whole = train_images(tmp_path / "whole", save_steps=2, max_steps=4, **fields)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = train_images(tmp_path / "resumed", save_steps=2, max_steps=4, resume=checkpoint, **fields)
+    assert torch.equal(buffers(whole.model), buffers(resumed.model))
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_recalibration_gives_the_statistics_of_the_last_batches_at_x(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    fields: dict[str, Any] = {"extrap": "extrap-past", "extrap_virtual_workers": 2, "max_steps": 3}
+    trainer = train_images(tmp_path, recalibrate_batch_norm=3, seen=seen, **fields)
+    model = trainer.model
+    batches, parameters = seen[-3:], [p.clone() for p in model.parameters()]
+    trained = buffers(model)
+    trainer.evaluate()
+    stem = model.resnet.embedder
+    with torch.no_grad():
+        hidden = [stem.convolution(model.normalization(batch)) for batch in batches]
+    mean = torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0)
+    variance = torch.stack([h.transpose(0, 1).flatten(1).var(1) for h in hidden]).mean(0)
+    torch.testing.assert_close(stem.normalization.running_mean, mean)
+    torch.testing.assert_close(stem.normalization.running_var, variance)
+    assert not torch.equal(buffers(model), trained)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
+    stem.normalization.running_mean.zero_()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.allclose(stem.normalization.running_mean, mean)
+
+
+def test_recalibrations_while_training_change_no_step(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"extrap": "extrap", "eval_strategy": "steps", "eval_steps": 1}
+    plain, recalibrated = (
+        train_images(tmp_path, recalibrate_batch_norm=count, max_steps=3, **fields) for count in (0, 2)
+    )
+    for p, q in zip(plain.model.parameters(), recalibrated.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    losses = [[row["eval_loss"] for row in t.state.log_history if "eval_loss" in row] for t in (plain, recalibrated)]
+    assert len(losses[0]) == 3 and losses[0] != losses[1]
+
+
+def test_a_negative_count_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="recalibrate_batch_norm is -1"):
+        ExtrapTrainingArguments(str(tmp_path), recalibrate_batch_norm=-1, use_cpu=True)
