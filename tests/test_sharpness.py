@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from transformers import MarianMTModel
 
 from hf_extrap.cli import main
-from hf_extrap.configuration import resolve
+from hf_extrap.configuration import resolve, to_words
 from hf_extrap.models import ExtrapLstmForCausalLM
+from hf_extrap.results import RunFolder
 from hf_extrap.run import run
 from hf_extrap.saved_run import load_saved_run
 from hf_extrap.sharpness import POINTS
@@ -126,6 +127,23 @@ def test_translation_leaves_out_the_fixed_positions(tmp_path: Path, tiny_transla
     model = MarianMTModel.from_pretrained(folder)
     fixed = sum(p.numel() for name, p in model.named_parameters() if "embed_positions" in name)
     assert content["parameters"] == sum(p.numel() for p in model.parameters()) - fixed
+
+
+def test_image_classification(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fields = {"task": "image_classification", "depth": 8, "width": 2, "random_crop": 1, "max_train_samples": 64}
+    fields |= {"max_eval_samples": 32, "per_device_train_batch_size": 16, "max_steps": 4, "learning_rate": 0.1}
+    fields |= {"eval_strategy": "steps", "eval_steps": 2, "sharpness_batches": 2, "disable_tqdm": True}
+    run(resolve(None, [*to_words(fields), "--output_dir", str(folder)]))
+    logged = [row["extrap/sharpness"] for row in RunFolder(folder).read_history() if "extrap/sharpness" in row]
+    assert len(logged) == 2 and min(logged) > 0
+    content = measured([str(folder), "--batches", "2"], folder)
+    running = measured(
+        [str(folder), "--batches", "2", "--batch_norm", "running", "--output_dir", str(tmp_path)], tmp_path
+    )
+    assert content["batch_norm"] == "batch" and content["sharpness"] > 0 and content["batch_size"] == 16
+    # Untrained running statistics give another loss altogether.
+    assert running["loss"] != pytest.approx(content["loss"], rel=0.01)
 
 
 def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
