@@ -1,0 +1,52 @@
+"""A model with BatchNorm and augmentation in two processes: two virtual workers, running statistics included."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
+
+from image_processes import CELLS, COMMON  # noqa: E402
+from tiny_images import train_images  # noqa: E402
+from tiny_trainer import weights  # noqa: E402
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> list[dict[str, Any]]:
+    """What the two processes saw."""
+    folder = tmp_path_factory.mktemp("images")
+    launch(Path(__file__).parent / "image_processes.py", folder, processes=2)
+    return [torch.load(folder / f"images_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_processes_are_two_virtual_workers(ranks: list[dict[str, Any]], tmp_path: Path, cell: str) -> None:
+    fields = dict(CELLS[cell])
+    # A process keeps its own last batches: the virtual workers of one process keep those of both.
+    fields["recalibrate_batch_norm"] *= 2
+    alone = train_images(tmp_path, extrap_virtual_workers=2, **fields, **COMMON)
+    torch.testing.assert_close(weights(alone), ranks[0][cell]["weights"], rtol=1e-3, atol=1e-5)
+    names = [name for name, _ in alone.model.named_buffers()]
+    assert sum(name.endswith("running_mean") for name in names) == 9
+    # Counts are each process's own after a recalibration, and nothing is computed from them.
+    counted = torch.cat(
+        [torch.full((b.numel(),), name.endswith("num_batches_tracked")) for name, b in alone.model.named_buffers()]
+    )
+    expected = torch.cat([b.detach().reshape(-1).float() for b in alone.model.buffers()])
+    torch.testing.assert_close(ranks[0][cell]["buffers"][~counted], expected[~counted], rtol=1e-3, atol=1e-5)
+    losses = [row["eval_loss"] for row in alone.state.log_history if "eval_loss" in row]
+    assert ranks[0][cell]["losses"] == pytest.approx(losses, rel=1e-3) and len(losses) == 2
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_processes_end_with_the_same_weights_and_statistics(ranks: list[dict[str, Any]], cell: str) -> None:
+    for name in ("weights", "buffers"):
+        assert torch.equal(ranks[0][cell][name], ranks[1][cell][name])
