@@ -81,7 +81,7 @@ def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
         (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
         (["--max_steps"], "--max_steps: expected one argument"),
         (["--max_steps", "5", "6"], "unexpected word '6'"),
-        (["--task", "poetry"], "task 'poetry' is unknown: choose one of language_modeling, translation"),
+        (["--task", "poetry"], "task 'poetry' is unknown: choose one of image_classification, language_modeling"),
         (["--data_dir", "/nowhere"], "/nowhere"),
         (["--resume_from_checkpoint", "/nowhere"], "checkpoint /nowhere does not exist"),
         (["--resume_from_checkpoint", "true"], "holds no checkpoint to resume from"),
