@@ -534,8 +534,8 @@ class Extrapolated(Optimizer):
             self.train()
             return closure()
 
-    def _random_state_kept(self) -> Any:
-        if self.config.batch == "independent":
+    def _random_state_kept(self, always: bool = False) -> Any:
+        if self.config.batch == "independent" and not always:
             return nullcontext()
         devices = {p.device for p in self._params() if p.device.type not in ("cpu", "meta")}
         if not devices:

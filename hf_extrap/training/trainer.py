@@ -21,6 +21,7 @@ from hf_extrap.optim.extrapolated import Extrapolated
 from .arguments import ExtrapArguments
 from .base_optimizers import base_optimizer
 from .batch_norm import BatchNormMixin
+from .batched_workers import BatchedWorkersMixin, first_rows
 from .carried_state import CarriedState
 from .reporting import EVALUATION
 from .resuming import ResumingMixin
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 Inputs = dict[str, Any]
 
 
-class ExtrapTrainerMixin(BatchNormMixin, SharpnessMixin, ResumingMixin):
+class ExtrapTrainerMixin(BatchedWorkersMixin, BatchNormMixin, SharpnessMixin, ResumingMixin):
     """Extrapolation for any Trainer: `class MyTrainer(ExtrapTrainerMixin, SomeTrainer)`.
 
     Its arguments need the fields of `ExtrapArguments`. Gradients are taken at y; whatever the loop does between its
@@ -72,6 +73,7 @@ class ExtrapTrainerMixin(BatchNormMixin, SharpnessMixin, ResumingMixin):
         self._start_reporting()
         self._start_sharpness()
         self._start_batch_norm()
+        self._start_batched_workers()
 
     def _refuse_unsupported_engines(self) -> None:
         if not self._extrapolates:
@@ -178,17 +180,24 @@ class ExtrapTrainerMixin(BatchNormMixin, SharpnessMixin, ResumingMixin):
         optimizer = self.extrapolated
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self.args.batch_workers:
+            loss = self._batched_training_step(model, optimizer, self._micro_batch, num_items_in_batch)
+        else:
+            loss = self._worker_step(model, optimizer, inputs, num_items_in_batch)
+        self._micro_batch += 1
+        if optimizer.collect_statistics and self._micro_batch == len(self._step_batches):
+            optimizer.observe()
+        return loss
+
+    def _worker_step(self, model: nn.Module, optimizer: Extrapolated, inputs: Inputs, num_items: Any) -> Tensor:
         worker = self._micro_batch if optimizer.virtual_workers > 1 else 0
         if optimizer.wants_probe:
             self._probe(model, optimizer, worker)
         optimizer.train(worker=worker)
         self._last_pass = (inputs, self._carried.of(self._slot))
         with self._statistics_of_first_worker(model, self._micro_batch):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items)
         optimizer.rest()
-        self._micro_batch += 1
-        if optimizer.collect_statistics and self._micro_batch == len(self._step_batches):
-            optimizer.observe()
         return loss
 
     def _probe(self, model: nn.Module, optimizer: Extrapolated, worker: int) -> None:
@@ -196,9 +205,7 @@ class ExtrapTrainerMixin(BatchNormMixin, SharpnessMixin, ResumingMixin):
         micro_batches = range(len(self._step_batches))
         if optimizer.virtual_workers > 1 and self._extrap_config.scope == "local":
             micro_batches = range(self._micro_batch, self._micro_batch + 1)
-        batches, states, current = self._step_batches, None, self._carried.tensors()
-        if self._extrap_config.batch == "independent" and len(self._earlier_batches) >= len(batches):
-            batches, states = self._earlier_batches, self._earlier_states
+        (batches, states), current = self._probed(), self._carried.tensors()
         model.train()
         first = self._micro_batch
         if states is not None:
@@ -211,8 +218,14 @@ class ExtrapTrainerMixin(BatchNormMixin, SharpnessMixin, ResumingMixin):
         self._micro_batch = first
         self._carried.load(current, self.args.device)
 
+    def _probed(self) -> tuple[list[Inputs], dict[str, Tensor] | None]:
+        """The micro-batches that a fresh direction sees, and the recurrent states if they are not the current ones."""
+        if self._extrap_config.batch == "independent" and len(self._earlier_batches) >= len(self._step_batches):
+            return self._earlier_batches, self._earlier_states
+        return self._step_batches, None
+
     def _probe_pass(self, model: nn.Module, inputs: Inputs) -> None:
-        inputs = self._prepare_inputs(_first_rows(inputs, self._extrap_config.batch_fraction))
+        inputs = self._prepare_inputs(first_rows(inputs, self._extrap_config.batch_fraction))
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
@@ -280,17 +293,6 @@ class ExtrapTrainer(ExtrapTrainerMixin, Trainer):
 
 class ExtrapSeq2SeqTrainer(ExtrapTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with extrapolation."""
-
-
-def _first_rows(inputs: Inputs, share: float) -> Inputs:
-    """The first rows of every tensor of a batch, at least one."""
-    if share == 1:
-        return dict(inputs)
-    rows = max(t.shape[0] for t in inputs.values() if isinstance(t, Tensor) and t.dim())
-    kept = max(1, math.ceil(share * rows))
-    return {
-        name: t[:kept] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t for name, t in inputs.items()
-    }
 
 
 __all__ = ["ExtrapSeq2SeqTrainer", "ExtrapTrainer", "ExtrapTrainerMixin"]
