@@ -285,6 +285,9 @@ class Extrapolated(Optimizer):
         self._observe(self._gradients(1.0), clipped=True)
         if self._needs_step_length or self.config.direction == "past_update":
             self._x.keep(self._params(), (i for i, p in enumerate(self._params()) if p.requires_grad))
+        if self.config.direction == "past_gradient" and not self.config.is_local:
+            # Before the step: some optimizers, such as LARS, turn .grad into their update.
+            self._memory.store(0, self._gradients(1.0))
         self.base.step()
         self._look_back()
         self.step_count += 1
@@ -468,8 +471,6 @@ class Extrapolated(Optimizer):
             self._memory.store(0, last_update(self.param_groups, self._x.kept, self._sizes.learning_rate))
         elif self.config.is_local:
             self._memory.turn_captured_into_directions()
-        else:
-            self._memory.store(0, self._gradients(1.0))
 
     def _gradients(self, unscale: float) -> Buffers:
         return [p.grad if p.grad is None or unscale == 1 else p.grad * unscale for p in self._params()]

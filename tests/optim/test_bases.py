@@ -43,6 +43,17 @@ class Lion(torch.optim.Optimizer):
                 m.lerp_(p.grad, 1 - group["betas"][1])
 
 
+class Overwriting(torch.optim.SGD):
+    """Leaves its update in .grad, as LARS of pytorch_optimizer does."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(-group["lr"])
+
+
 class Averaging(torch.optim.Optimizer):
     """Trains at z and is evaluated at its running mean, by `train` and `eval`, as schedule-free optimizers do."""
 
@@ -90,6 +101,7 @@ BASES: dict[str, Callable[[Sequence[Tensor]], torch.optim.Optimizer]] = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05, eps=1e-3),
     "nadam": lambda p: torch.optim.NAdam(p, lr=0.02, eps=1e-3),
     "lion": lambda p: Lion(two_groups(p, 0.01)),
+    "sgd, overwriting": lambda p: Overwriting(two_groups(p, 0.2), lr=0.2),
 }
 SCHEMES = {
     "extrap": ExtrapConfig.preset("extrap", step_ratio=0.5),
