@@ -218,7 +218,8 @@ class ExtrapConfig:
 
         Args:
             name: one of `PRESETS`.
-            **overrides: fields of this class. A step_size replaces a preset's step_ratio, and the other way round.
+            **overrides: fields of this class. A step_size replaces a preset's step_ratio, and the other way round; a
+                step_ratio and `auto`, lengths in other units, replace a preset's scaling by the last step too.
 
         Raises:
             ValueError: for an unknown preset or field, or for fields that do not go together.
@@ -229,6 +230,8 @@ class ExtrapConfig:
         if overrides.get("step_size") is not None or overrides.get("step_ratio") is not None:
             fields.pop("step_size", None)
             fields.pop("step_ratio", None)
+            if fields.get("scaling") in STEP_SCALINGS and not isinstance(overrides.get("step_size"), (int, float)):
+                del fields["scaling"]
         return cls.from_dict({**fields, **overrides})
 
     @classmethod
@@ -280,8 +283,8 @@ class ExtrapConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
-    "extrap": {"direction": "gradient", "scope": "local", "step_ratio": 0.125},
-    "extrap-past": {"direction": "past_gradient", "scope": "local", "step_ratio": 0.125},
+    "extrap": {"direction": "gradient", "scope": "local", "scaling": "layer_step", "step_size": 0.1},
+    "extrap-past": {"direction": "past_gradient", "scope": "local", "scaling": "layer_step", "step_size": 0.1},
     "extragradient": {"direction": "gradient", "scope": "global", "step_ratio": 1.0},
     "optimistic": {"direction": "past_gradient", "scope": "global", "step_ratio": 1.0},
     "past-update": {"direction": "past_update", "scope": "global", "step_ratio": 0.5},

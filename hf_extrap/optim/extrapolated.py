@@ -337,6 +337,8 @@ class Extrapolated(Optimizer):
         if self.config.scales_by_step:
             if last_step is None:
                 return
+            # A parameter that has joined since has not been stepped.
+            last_step = torch.nn.functional.pad(last_step, (0, len(params) - len(last_step)))
             if self.config.scaling == "layer_step":
                 last_step = last_step[indices]
         moves = scale_direction(self.config.scaling, [d for d in direction if d is not None], x, last_step)

@@ -69,7 +69,9 @@ def test_200_visits_leave_x_untouched(preset: str) -> None:
 def test_200_steps_of_length_zero_leave_x_untouched(preset: str) -> None:
     model = make_model(torch.float32)
     x = values(list(model.parameters()))
-    config = ExtrapConfig.preset(preset, step_size=0.1, anneal=False)
+    # A share of a step of length zero would be no move at all.
+    unscaled = {"scaling": "none"} if ExtrapConfig.preset(preset).scales_by_step else {}
+    config = ExtrapConfig.preset(preset, step_size=0.1, anneal=False, **unscaled)
     optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=1e-30), config)
     run = run_plain_loop(model, optimizer, config, [0], steps=200)
     assert identical(x, list(model.parameters()))
@@ -80,7 +82,7 @@ def test_200_steps_of_length_zero_leave_x_untouched(preset: str) -> None:
 def test_the_base_steps_from_x() -> None:
     """With lr = 0.1 and no momentum, x − 0.1 g(y) exactly as float arithmetic gives it."""
     model = make_model(torch.float32)
-    config = ExtrapConfig.preset("extrap", step_size=0.5)
+    config = ExtrapConfig.preset("extrap", scaling="none", step_size=0.5)
     optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), config)
     x = values(list(model.parameters()))
     enter(model, optimizer)

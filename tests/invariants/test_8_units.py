@@ -11,15 +11,15 @@ from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 
 SCHEMES = {
-    "extrap": ExtrapConfig.preset("extrap", step_size=0.5),
-    "extrap-past": ExtrapConfig.preset("extrap-past", step_size=0.5),
+    "extrap": ExtrapConfig.preset("extrap", scaling="none", step_size=0.5),
+    "extrap-past": ExtrapConfig.preset("extrap-past", scaling="none", step_size=0.5),
     "extragradient": ExtrapConfig.preset("extragradient", step_size=0.5),
     "optimistic": ExtrapConfig.preset("optimistic", step_size=0.5),
     "past-update": ExtrapConfig.preset("past-update", step_size=0.5),
     "sam": ExtrapConfig.preset("sam"),
     "asam": ExtrapConfig.preset("asam"),
-    "extrap-auto": ExtrapConfig.preset("extrap", step_size="auto"),
-    "extrap-past-auto": ExtrapConfig.preset("extrap-past", step_size="auto", probe_every=2),
+    "extrap-auto": ExtrapConfig.preset("extrap", scaling="none", step_size="auto"),
+    "extrap-past-auto": ExtrapConfig.preset("extrap-past", scaling="none", step_size="auto", probe_every=2),
     "optimistic-auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=2),
 }
 
@@ -106,7 +106,7 @@ def test_an_uneven_last_accumulation(preset: str) -> None:
 def test_the_displacement_is_the_step_size_times_the_gradient() -> None:
     """By hand: two micro-batches of a linear model, their losses halved; d is the whole mean gradient of the first."""
     w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
-    config = ExtrapConfig.preset("extrap", step_size=0.25)
+    config = ExtrapConfig.preset("extrap", scaling="none", step_size=0.25)
     optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), config, virtual_workers=2)
     with optimizer.probing(worker=0):
         ((w * torch.tensor([3.0, 4.0])).sum() / 2).backward()

@@ -158,7 +158,8 @@ def test_a_checkpoint_of_the_base_alone_is_taken() -> None:
 @pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "past-update"])
 def test_a_base_with_a_mode_of_its_own(preset: str, left_before_step: bool) -> None:
     """x is the base's training point: `probing` and `train` enter its training mode first, `eval` leaves it after."""
-    model, config = make_model(), ExtrapConfig.preset(preset)
+    model = make_model()
+    config = ExtrapConfig.preset(preset, **({} if preset == "none" else {"step_ratio": 0.5}))
     optimizer = Extrapolated(Averaging(list(model.parameters())), config)
     params = list(model.parameters())
     z = values(params)

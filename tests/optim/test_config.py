@@ -14,8 +14,8 @@ from hf_extrap.optim.config import PRESETS, ExtrapConfig
 # direction, scope, scaling, ascent: the table of the algorithm.
 TABLE = {
     "none": ("none", None, "none", False),
-    "extrap": ("gradient", "local", "none", False),
-    "extrap-past": ("past_gradient", "local", "none", False),
+    "extrap": ("gradient", "local", "layer_step", False),
+    "extrap-past": ("past_gradient", "local", "layer_step", False),
     "extragradient": ("gradient", "global", "none", False),
     "optimistic": ("past_gradient", "global", "none", False),
     "past-update": ("past_update", "global", "none", False),
@@ -56,6 +56,14 @@ def test_one_step_replaces_the_other(name: str) -> None:
     assert (by_ratio.step_ratio, by_ratio.step_size) == (0.25, None)
     by_size = ExtrapConfig.preset(name, step_size=0.75)
     assert (by_size.step_ratio, by_size.step_size) == (None, 0.75)
+
+
+def test_a_length_in_other_units_replaces_the_scaling_by_the_last_step() -> None:
+    assert ExtrapConfig.preset("extrap-past", step_size=0.5).scaling == "layer_step"
+    assert ExtrapConfig.preset("extrap-past", step_ratio=0.5).scaling == "none"
+    assert ExtrapConfig.preset("extrap", step_size="auto").scaling == "none"
+    assert ExtrapConfig.preset("extrap", step_size=0.5, scaling="norm").scaling == "norm"
+    assert ExtrapConfig.preset("gaussian", step_ratio=0.5).scaling == "layer"
 
 
 def test_annealing_is_on_by_default() -> None:

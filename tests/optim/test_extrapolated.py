@@ -226,7 +226,7 @@ def test_a_gradient_that_somebody_takes_between_steps_is_not_a_step(preset: str,
 
 
 def test_statistics_are_what_they_say() -> None:
-    model, config = make_model(), ExtrapConfig.preset("extrap", step_size=0.3, anneal=False)
+    model, config = make_model(), ExtrapConfig.preset("extrap", scaling="none", step_size=0.3, anneal=False)
     optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), config, virtual_workers=2)
     optimizer.collect_statistics = True
     params = list(model.parameters())

@@ -50,7 +50,7 @@ def test_a_narrow_direction_does_not_decide_whether_to_step() -> None:
     Skipping on what one rank alone knows would take the replicas apart.
     """
     w = nn.Parameter(torch.ones(2))
-    config = ExtrapConfig.preset("extrap-past", step_size=1e-6, direction_dtype="float16")
+    config = ExtrapConfig.preset("extrap-past", scaling="none", step_size=1e-6, direction_dtype="float16")
     optimizer = Extrapolated(torch.optim.SGD([w], lr=1e-6), config)
     for _ in range(2):
         optimizer.train()

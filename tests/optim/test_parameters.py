@@ -99,7 +99,7 @@ def test_frozen_parameters_stay_and_unfrozen_ones_join(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_group_added_later_joins(preset: str) -> None:
-    """From its first step on with a past direction, at once with the others; ever after as if it had been there."""
+    """From its first step on if it looks or measures its length back, else at once; ever after as if it had been there."""
     model, config = make_model(), ExtrapConfig.preset(preset)
     first, last = list(model[0].parameters()), list(model[2].parameters())
     optimizer = Extrapolated(torch.optim.SGD(first, lr=0.1, momentum=0.9), config)
@@ -109,7 +109,7 @@ def test_a_group_added_later_joins(preset: str) -> None:
     before = values(last)
     run = run_plain_loop(model, optimizer, config, [0], first=3, steps=3)
     assert distance(before, last) > 1e-3
-    assert (distance(run.x[0][2:], run.y[0][0][2:]) == 0) == (preset in ("extrap-past", "optimistic", "past-update"))
+    assert (distance(run.x[0][2:], run.y[0][0][2:]) == 0) == (config.is_past or config.scales_by_step)
     assert min(distance(run.x[t][part], run.y[t][0][part]) for t in (1, 2) for part in (slice(2), slice(2, 4))) > 1e-4
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
@@ -133,7 +133,9 @@ def test_groups_look_as_far_as_their_own_learning_rates() -> None:
 def test_a_parameter_that_the_last_step_did_not_use_has_no_direction() -> None:
     """It had one in the step before."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = Extrapolated(torch.optim.SGD([a, b], lr=0.1), ExtrapConfig.preset("extrap-past", step_size=1.0))
+    optimizer = Extrapolated(
+        torch.optim.SGD([a, b], lr=0.1), ExtrapConfig.preset("extrap-past", scaling="none", step_size=1.0)
+    )
     for used in ([a, b], [a]):
         optimizer.train()
         sum(p.sum() for p in used).backward()

@@ -22,7 +22,7 @@ def displaced(
 ) -> list[nn.Parameter]:
     """N parameters at x, asked to move by −move: y by worker."""
     w = nn.Parameter(torch.full((N,), x, dtype=dtype))
-    config = ExtrapConfig.preset("extrap", step_size=abs(move), anneal=False, **fields)
+    config = ExtrapConfig.preset("extrap", scaling="none", step_size=abs(move), anneal=False, **fields)
     optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), config, virtual_workers=workers)
     ys = []
     for k in range(workers):
@@ -95,7 +95,7 @@ def test_workers_and_steps_round_independently() -> None:
     assert float((a == b).double().mean()) == pytest.approx(0.5, abs=0.02)
 
     w = nn.Parameter(torch.full((N,), 1.5, dtype=torch.bfloat16))
-    config = ExtrapConfig.preset("extrap", step_size=0.5 * ULP, anneal=False)
+    config = ExtrapConfig.preset("extrap", scaling="none", step_size=0.5 * ULP, anneal=False)
     optimizer = Extrapolated(torch.optim.SGD([w], lr=0.0), config)
     ys = []
     for _ in range(2):
@@ -111,7 +111,9 @@ def test_workers_and_steps_round_independently() -> None:
 
 def test_a_second_visit_finds_the_same_y() -> None:
     w = nn.Parameter(torch.full((N,), 1.5, dtype=torch.bfloat16))
-    optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), ExtrapConfig.preset("extrap", step_size=0.3 * ULP))
+    optimizer = Extrapolated(
+        torch.optim.SGD([w], lr=0.1), ExtrapConfig.preset("extrap", scaling="none", step_size=0.3 * ULP)
+    )
     with optimizer.probing():
         w.sum().backward()
     optimizer.train()

@@ -109,7 +109,7 @@ def test_schedulers_drive_the_base_and_the_step_size(name: str, make_scheduler: 
 def test_an_annealed_step_size_follows_the_learning_rate_down() -> None:
     """Constant gradients: ‖x − y‖ is the step size, 0.2 of the way up, at the peak, and halfway down."""
     w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), ExtrapConfig.preset("extrap", step_size=4.0))
+    optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), ExtrapConfig.preset("extrap", scaling="none", step_size=4.0))
     scheduler = lr_scheduler.LambdaLR(optimizer, [0.2, 1.0, 0.5, 0.0].__getitem__)
     moves = []
     for _ in range(3):
@@ -161,7 +161,7 @@ def test_no_learning_rate_is_needed_for_a_number() -> None:
 @pytest.mark.parametrize("name", ["extrap-past", "optimistic", "past-update"])
 def test_past_directions_and_clipping(name: str) -> None:
     """The worker's own gradient is as it was; the averaged one, and the update, are what the base consumed."""
-    model, config = make_model(), ExtrapConfig.preset(name, step_size=1.0, anneal=False)
+    model, config = make_model(), ExtrapConfig.preset(name, scaling="none", step_size=1.0, anneal=False)
     optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), config)
     params = list(model.parameters())
     optimizer.train()
