@@ -285,7 +285,7 @@ class Extrapolated(Optimizer):
         self._observe(self._gradients(1.0), clipped=True)
         if self._needs_step_length or self.config.direction == "past_update":
             self._x.keep(self._params(), (i for i, p in enumerate(self._params()) if p.requires_grad))
-        if self.config.direction == "past_gradient" and not self.config.is_local:
+        if self._keeps_averaged_gradient:
             # Before the step: some optimizers, such as LARS, turn .grad into their update.
             self._memory.store(0, self._gradients(1.0))
         self.base.step()
@@ -482,6 +482,11 @@ class Extrapolated(Optimizer):
     @property
     def _needs_step_length(self) -> bool:
         return self.config.max_displacement is not None or self.config.scales_by_step or self.collect_statistics
+
+    @property
+    def _keeps_averaged_gradient(self) -> bool:
+        config = self.config
+        return config.direction == "past_gradient" and not config.is_local and config.is_active(self.step_count + 1)
 
     @property
     def _measures(self) -> bool:

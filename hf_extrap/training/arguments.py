@@ -48,6 +48,14 @@ class ExtrapArguments(Base):
         base_optimizer: a name of torch.optim or pytorch_optimizer (nadam, lars, lamb), instead of optim; optim_args
             are its keyword arguments.
 
+    Parameters that control post-local SGD:
+        local_steps: H. From `local_sgd_start` on every worker, virtual or a process, steps its own copy of x with its
+            own optimizer state, its own gradient clipped to max_grad_norm and the current learning rate, and the copies
+            are averaged every H steps; 1 for never. Evaluations see the mean of the copies and leave them as they are.
+            A checkpoint between averagings is an averaging too, and H steps are counted from it: it resumes bit for
+            bit, and a save_steps that is no multiple of H changes the run.
+        local_sgd_start: the share of the training after which it begins. An extrapolation ends there, if not before.
+
     Parameters that control recurrent models:
         carry_state: truncated backpropagation through time, each worker's recurrent state goes on in its next batch.
 
@@ -106,6 +114,12 @@ class ExtrapArguments(Base):
         default=None,
         metadata={"help": "Optimizer of torch or pytorch_optimizer (nadam, lars, lamb), instead of optim."},
     )
+    local_steps: int = field(
+        default=1, metadata={"help": "Steps of each worker by itself from one averaging to the next; 1: none."}
+    )
+    local_sgd_start: float = field(
+        default=0.5, metadata={"help": "Share of the training after which workers step by themselves, for local_steps."}
+    )
     carry_state: bool = field(
         default=False, metadata={"help": "Hand the recurrent state of a batch on to the worker's next batch."}
     )
@@ -133,6 +147,10 @@ class ExtrapArguments(Base):
             raise ValueError(f"sharpness_batches is {self.sharpness_batches}; allowed: a whole number >= 0.")
         if self.recalibrate_batch_norm < 0:
             raise ValueError(f"recalibrate_batch_norm is {self.recalibrate_batch_norm}; allowed: a whole number >= 0.")
+        if self.local_steps < 1:
+            raise ValueError(f"local_steps is {self.local_steps}; allowed: a whole number >= 1.")
+        if not 0 <= self.local_sgd_start <= 1:
+            raise ValueError(f"local_sgd_start is {self.local_sgd_start}; allowed: a share of the training, 0 to 1.")
         self.extrap_config()
         self._check_learning_rate()
         if self.base_optimizer is not None:

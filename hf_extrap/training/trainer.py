@@ -17,12 +17,14 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_extrap.optim.directions import generator_for
 from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.local_sgd import LocalSGD
 
 from .arguments import ExtrapArguments
 from .base_optimizers import base_optimizer
 from .batch_norm import BatchNormMixin
 from .batched_workers import BatchedWorkersMixin, first_rows
 from .carried_state import CarriedState
+from .local_sgd import LocalSGDMixin
 from .reporting import EVALUATION
 from .resuming import ResumingMixin
 from .scaling import scaled_learning_rate_factor, step_decay
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 Inputs = dict[str, Any]
 
 
-class ExtrapTrainerMixin(BatchedWorkersMixin, BatchNormMixin, SharpnessMixin, ResumingMixin):
+class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, SharpnessMixin, ResumingMixin):
     """Extrapolation for any Trainer: `class MyTrainer(ExtrapTrainerMixin, SomeTrainer)`.
 
     Its arguments need the fields of `ExtrapArguments`. Gradients are taken at y; whatever the loop does between its
@@ -74,6 +76,7 @@ class ExtrapTrainerMixin(BatchedWorkersMixin, BatchNormMixin, SharpnessMixin, Re
         self._start_sharpness()
         self._start_batch_norm()
         self._start_batched_workers()
+        self._start_local_sgd()
 
     def _refuse_unsupported_engines(self) -> None:
         if not self._extrapolates:
@@ -107,6 +110,8 @@ class ExtrapTrainerMixin(BatchedWorkersMixin, BatchNormMixin, SharpnessMixin, Re
                     group["lr"] *= factor
         prepared = isinstance(optimizer, AcceleratedOptimizer) or self.extrapolated is not None
         if not (prepared or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            if self.args.local_steps > 1:
+                optimizer = LocalSGD(optimizer, self.args.local_steps, virtual_workers=self.args.extrap_virtual_workers)
             self.optimizer = optimizer = Extrapolated(
                 optimizer,
                 self._extrap_config,

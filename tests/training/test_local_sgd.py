@@ -1,0 +1,170 @@
+"""Post-local SGD in the Trainer: the switch, each worker's steps, evaluations, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_trainer import Sentences, arguments, gpt2, make, train, weights
+from torch.nn.utils import clip_grad_norm_
+from transformers import TrainerCallback
+
+from hf_extrap import ExtrapTrainer
+from hf_extrap.training.model_card import optimizer_name
+
+COMMON: dict[str, Any] = {
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.5,
+    "max_steps": 8,
+    "lr_scheduler_type": "constant",
+}
+NESTEROV = {"optim": "sgd", "sgd_momentum": 0.9, "sgd_nesterov": True}
+ADAMW = {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.1, "adam_epsilon": 1e-3}
+LOCAL = {"extrap_virtual_workers": 2, "local_steps": 3, "local_sgd_start": 0.25}
+
+
+class Watch(TrainerCallback):
+    """The parameters after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(torch.cat([p.detach().reshape(-1) for p in kwargs["model"].parameters()]))
+
+
+def textbook(folder: Path, fields: dict[str, Any], start: int, period: int, steps: int, workers: int) -> torch.Tensor:
+    """A model and an optimizer for each worker, in a loop; the mean of their parameters at the end."""
+    models = [gpt2() for _ in range(workers)]
+    optimizers = []
+    for model in models:
+        trainer = ExtrapTrainer(model, arguments(folder, **fields))
+        optimizers.append(trainer.create_optimizer().base)
+        model.train()
+    rows = Sentences(64).rows
+    for step in range(steps):
+        batches = [rows[4 * (workers * step + k) % 64 :][:4] for k in range(workers)]
+        for k, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            optimizer.zero_grad()
+            mine = batches if step < start else [batches[k]]
+            torch.stack([model(input_ids=b, labels=b).loss for b in mine]).mean().backward()
+            clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        if step >= start and ((step - start + 1) % period == 0 or step == steps - 1):
+            with torch.no_grad():
+                for same in zip(*(model.parameters() for model in models), strict=True):
+                    mean = torch.stack(same).mean(0)
+                    for p in same:
+                        p.copy_(mean)
+    return torch.cat([p.detach().reshape(-1) for p in models[0].parameters()])
+
+
+@pytest.mark.parametrize("base", [NESTEROV, ADAMW], ids=["nesterov", "adamw"])
+def test_each_worker_is_a_model_with_an_optimizer_of_its_own(tmp_path: Path, base: dict[str, Any]) -> None:
+    trainer = train(tmp_path, **base, **COMMON, **LOCAL)
+    expected = textbook(tmp_path, {**base, **COMMON}, 2, 3, 8, 2)
+    # 6 local steps: two averagings; 7 would leave one for the end.
+    torch.testing.assert_close(weights(trainer), expected, rtol=1e-4, atol=2e-6)
+    together = train(tmp_path, **base, **COMMON, extrap_virtual_workers=2)
+    assert (weights(together) - expected).abs().max() > 1e-4
+    assert optimizer_name(trainer.optimizer) == ("SGD" if base is NESTEROV else "AdamW")
+
+
+def test_the_end_is_the_mean_also_between_averagings(tmp_path: Path) -> None:
+    fields = {**NESTEROV, **COMMON, "max_steps": 7}
+    trainer = train(tmp_path, **fields, extrap_virtual_workers=2, local_steps=4, local_sgd_start=0.15)
+    expected = textbook(tmp_path, fields, 2, 4, 7, 2)
+    torch.testing.assert_close(weights(trainer), expected, rtol=1e-4, atol=2e-6)
+    ends = weights(trainer).clone()
+    trainer.evaluate()
+    assert torch.equal(weights(trainer), ends)
+
+
+@pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "optimistic"])
+def test_until_the_switch_nothing_differs_and_then_nothing_extrapolates(tmp_path: Path, preset: str) -> None:
+    fields = {**NESTEROV, **COMMON, "extrap": preset, "extrap_virtual_workers": 2}
+    runs = {}
+    for name, more in {"stock": {}, "local": {"local_steps": 2, "local_sgd_start": 0.5}}.items():
+        watch = Watch()
+        trainer = train(tmp_path, **fields, **more, callbacks=[watch])
+        runs[name] = (watch.seen, trainer)
+    (stock, _), (local, trainer) = runs["stock"], runs["local"]
+    for step in range(4):
+        assert torch.equal(stock[step], local[step]), step
+    # Between averagings the parameters rest.
+    assert torch.equal(local[4], local[3]) and torch.equal(local[6], local[5])
+    assert not torch.equal(local[5], local[4]) and not torch.equal(local[5], stock[5])
+    assert trainer.extrapolated.skipped_steps == 0 and trainer.extrapolated.step_count == 8
+    moves = [row["extrap/displacement_norm"] for row in trainer.state.log_history if "loss" in row]
+    assert moves[4:] == [0.0] * 4
+    assert trainer.extrapolated.config.end_step == (None if preset == "none" else 4)
+    ended = train(tmp_path, **fields, **{"local_steps": 2}, **({} if preset == "none" else {"extrap_end_step": 4}))
+    torch.testing.assert_close(weights(ended), local[7], rtol=1e-5, atol=1e-7)
+
+
+def test_evaluations_see_the_mean_and_change_nothing(tmp_path: Path) -> None:
+    fields = {**NESTEROV, **COMMON, **LOCAL}
+    plain = train(tmp_path, **fields)
+    busy = train(tmp_path, **fields, eval_strategy="steps", eval_steps=1)
+    assert torch.equal(weights(busy), weights(plain))
+    short = make(tmp_path, **{**NESTEROV, **COMMON, **LOCAL, "max_steps": 4, "local_sgd_start": 0.5})
+    short.train()
+    # The mean after two local steps, in the middle of a round of the long run.
+    losses = {row["step"]: row["eval_loss"] for row in busy.state.log_history if "eval_loss" in row}
+    assert short.evaluate()["eval_loss"] == pytest.approx(losses[4], rel=1e-6)
+    assert losses[4] != losses[3] != losses[2]
+
+
+@pytest.mark.parametrize("base, at", [(NESTEROV, 2), (NESTEROV, 4), (ADAMW, 4), (ADAMW, 5)])
+def test_a_resume_is_exact_since_a_checkpoint_averages(tmp_path: Path, base: dict[str, Any], at: int) -> None:
+    """At the switch, between averagings, and at one."""
+    fields = {**base, **COMMON, **LOCAL, "save_strategy": "steps", "save_steps": at, "extrap": "extrap-past"}
+    whole = train(tmp_path / "whole", **fields, model=gpt2(dropout=0.1))
+    again = train(
+        tmp_path / "again", **fields, model=gpt2(dropout=0.1), resume=str(tmp_path / "whole" / f"checkpoint-{at}")
+    )
+    assert torch.equal(weights(whole), weights(again))
+    assert again.extrapolated.config.end_step == 2
+    # A file of the workers' states from the first local step on.
+    assert (tmp_path / "whole" / f"checkpoint-{at}" / "local_sgd_rank_0.pt").is_file() == (at > 2)
+
+
+def test_saving_at_averagings_changes_nothing(tmp_path: Path) -> None:
+    fields = {**ADAMW, **COMMON, "extrap_virtual_workers": 2, "local_steps": 2, "local_sgd_start": 0.25}
+    plain = train(tmp_path / "plain", **fields)
+    saving = train(tmp_path / "saving", **fields, save_strategy="steps", save_steps=4)
+    assert torch.equal(weights(plain), weights(saving))
+
+
+def test_a_mean_gradient_is_logged_and_the_switch_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hf_extrap")
+    trainer = train(tmp_path, **NESTEROV, **COMMON, **LOCAL)
+    assert "from step 2 on each of 2 workers steps by itself, and every 3 steps they are averaged" in caplog.text
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "loss" in row]
+    assert max(norms) / min(norms) < 3
+    caplog.clear()
+    train(tmp_path, **NESTEROV, **COMMON, local_steps=2)
+    assert [r.levelname for r in caplog.records if "each of 1 workers" in r.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"local_steps": 0}, "local_steps is 0; allowed: a whole number >= 1."),
+        ({"local_steps": 2, "local_sgd_start": 1.5}, "local_sgd_start is 1.5; allowed: a share"),
+        ({"local_steps": 2, "gradient_accumulation_steps": 2}, "gradient_accumulation_steps is 2 and extrap_virtual_"),
+        ({"local_steps": 2, "local_sgd_start": 0.0, "extrap": "extrap"}, "local_sgd_start is 0 and extrap is 'extrap'"),
+        ({"local_steps": 2, "extrap_virtual_workers": 2, "batch_workers": True}, "batch_workers is true"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **fields)
+
+
+def test_an_extrapolation_that_would_start_later_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="extrap_start_step is 4 and local SGD starts at step 3"):
+        train(tmp_path, extrap="extrap", extrap_start_step=4, extrap_virtual_workers=2, local_steps=2)
