@@ -97,7 +97,7 @@ class TranslationTask:
     def training_defaults(self) -> dict[str, Any]:
         """Return what the training arguments need for batches counted in tokens and for BLEU.
 
-        Evaluations during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
+        With `predict_with_generate: false` nothing is generated, and the leading metric is the loss. Evaluations during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
         """
         return {
             "predict_with_generate": True,
@@ -138,6 +138,9 @@ class TranslationTask:
         references = {}
         for name in ("validation", "test"):
             references.update(inexact_references(splits[name]["target"], encoded[name]["labels"], tokenizer))
+        generates = getattr(training_arguments, "predict_with_generate", False)
+        if not generates and training_arguments.metric_for_best_model == "bleu":
+            training_arguments.metric_for_best_model, training_arguments.greater_is_better = "loss", False
         return PreparedTask(
             model=model,
             processing_class=tokenizer,
@@ -145,9 +148,9 @@ class TranslationTask:
             eval_dataset=evaluation,
             test_dataset=test,
             data_collator=UnwrappingCollator(DataCollatorForSeq2Seq(tokenizer, model=model)),
-            metric="bleu",
-            greater_is_better=True,
-            compute_metrics=TranslationMetrics(tokenizer, references),
+            metric="bleu" if generates else "loss",
+            greater_is_better=generates,
+            compute_metrics=TranslationMetrics(tokenizer, references) if generates else None,
             batch_size_unit=train.tokens_per_batch,
             tokens_per_epoch=train.target_tokens,
             samples_per_epoch=len(train.examples),

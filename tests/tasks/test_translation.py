@@ -101,6 +101,12 @@ def test_a_few_steps_reduce_the_loss_and_the_facts_are_right(prepare, tmp_path):
     assert prepared.facts["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
+def test_without_generation_the_leading_metric_is_the_loss(prepare):
+    prepared = prepare(training={"predict_with_generate": False})
+    assert (prepared.metric, prepared.greater_is_better, prepared.compute_metrics) == ("loss", False, None)
+    assert (prepare().metric, prepare().greater_is_better) == ("bleu", True)
+
+
 def test_the_model_is_the_plain_transformer_with_one_embedding(prepare):
     model = prepare().model
     assert isinstance(model, MarianMTModel) and model.config.d_model == 32
