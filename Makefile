@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := run
-.PHONY: run test lint clean
+.PHONY: run test study gpu lint clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed
@@ -17,6 +17,19 @@ run: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10
+
+# The three studies for two cores, each less than an hour, and their reports.
+study: .venv/installed-study
+	for study in configs/studies/cpu_*.yaml; do \
+	    $(BIN)/hf-extrap study run $$study --jobs 2 && $(BIN)/hf-extrap study report $$study || exit $$?; done
+
+# The next pieces of the studies for a GPU, as many as end within $(MINUTES): call it until it says that nothing is left.
+MINUTES ?= 9
+gpu: .venv/installed-study
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	for study in configs/studies/gpu_*.yaml; do \
+	    left=$$(((end - $$(date +%s)) / 60)); [ $$left -ge 1 ] || break; \
+	    $(BIN)/hf-extrap study run $$study --minutes $$left || exit $$?; done
 
 lint: .venv/installed-lint
 	$(BIN)/ruff check .
