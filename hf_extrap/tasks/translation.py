@@ -97,7 +97,8 @@ class TranslationTask:
     def training_defaults(self) -> dict[str, Any]:
         """Return what the training arguments need for batches counted in tokens and for BLEU.
 
-        With `predict_with_generate: false` nothing is generated, and the leading metric is the loss. Evaluations during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
+        With `predict_with_generate: false` nothing is generated, and the leading metric is the loss. Evaluations
+        during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
         """
         return {
             "predict_with_generate": True,

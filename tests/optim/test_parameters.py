@@ -99,7 +99,7 @@ def test_frozen_parameters_stay_and_unfrozen_ones_join(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_group_added_later_joins(preset: str) -> None:
-    """From its first step on if it looks or measures its length back, else at once; ever after as if it had been there."""
+    """At once, or from its first step on where the move looks back; ever after as if it had been there."""
     model, config = make_model(), ExtrapConfig.preset(preset)
     first, last = list(model[0].parameters()), list(model[2].parameters())
     optimizer = Extrapolated(torch.optim.SGD(first, lr=0.1, momentum=0.9), config)
