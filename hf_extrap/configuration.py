@@ -28,6 +28,8 @@ PROGRAM_DEFAULTS: dict[str, Any] = {
     # DDP's search costs a walk through the graph a step; a model that needs it fails loudly without.
     "ddp_find_unused_parameters": False,
 }
+OPTIMIZERS = ("optim", "base_optimizer")
+OF_OPTIMIZER = ("optim_args", "sgd_momentum", "sgd_nesterov")
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,7 +105,8 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
     Args:
         config: path of a YAML mapping of field names to values, or None for the task's defaults.
         words: command-line words, `--field value …`; they win over the file. Where they name another preset than the
-            file's, its `extrap_*` fields, which tune that preset, are left out.
+            file's, its `extrap_*` fields, which tune that preset, are left out; and so, where they name another
+            optimizer, are the file's `optim_args` and the like. The file does the same to the task's defaults.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -117,8 +120,9 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
     for name in mapping:
         if name not in known:
             raise ValueError(f"{config}: unknown field {name!r}{_closest(name, known)}.")
-    mapping = _of_preset(mapping, words)
-    defaults = {**PROGRAM_DEFAULTS, **task.training_defaults()}
+    optimizer = {name: value for name in OPTIMIZERS if (value := _word_value(words, name)) is not None}
+    mapping = _of_optimizer(_of_preset(mapping, words), optimizer)
+    defaults = _of_optimizer({**PROGRAM_DEFAULTS, **task.training_defaults()}, {**mapping, **optimizer})
     # null in the file takes back a default of the task.
     merged = {name: value for name, value in {**defaults, **mapping}.items() if value is not None}
     namespace, rest = _parse(parser, [*to_words(merged), *words])
@@ -213,6 +217,14 @@ def _of_preset(mapping: Mapping[str, Any], words: Sequence[str]) -> dict[str, An
         return dict(mapping)
     tuning = {f"extrap_{f.name}" for f in dataclasses.fields(ExtrapConfig)}
     return {name: value for name, value in mapping.items() if name not in tuning}
+
+
+def _of_optimizer(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields, without those of their optimizer if what comes over them names another one."""
+    named = {name: over[name] for name in OPTIMIZERS if over.get(name) is not None}
+    if all(fields.get(name) == value for name, value in named.items()):
+        return dict(fields)
+    return {name: value for name, value in fields.items() if name not in (*OPTIMIZERS, *OF_OPTIMIZER)}
 
 
 def _parse(parser: HfArgumentParser, words: list[str]) -> tuple[Namespace, list[str]]:
