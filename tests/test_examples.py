@@ -49,6 +49,14 @@ def test_the_trainer_script(run_here: Callable[..., list[float]]) -> None:
     assert perplexity < 128
 
 
+def test_the_full_batch(run_here: Callable[..., list[float]]) -> None:
+    words = ("--rates", "0.23", "--seeds", "1", "--methods")
+    plain = run_here("full_batch.py", *words, "none")
+    past = run_here("full_batch.py", *words, "extrap-past, a fifth of the step")
+    # Steps, gradients, the rate: at a rate that is too large for the plain optimizer, the look-ahead trains.
+    assert past[0] == past[1] < 70 and past[0] < 0.8 * plain[0]
+
+
 def test_trl(run_here: Callable[..., list[float]]) -> None:
     if importlib.util.find_spec("trl") is None:
         pytest.skip("needs trl, which the extra `test` installs")
