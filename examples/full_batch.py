@@ -42,7 +42,7 @@ def steps_to_target(method: str, rate: float, seed: int, nesterov: bool) -> tupl
     base = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=nesterov)
     optimizer = Extrapolated(base, config, virtual_workers=WORKERS)
     loss, gradients = nn.CrossEntropyLoss(), 0
-    for step in range(1, STEPS + 1):
+    for _ in range(STEPS):
         for worker, rows in enumerate(torch.randperm(len(images)).chunk(WORKERS)):
             if optimizer.wants_probe:
                 with optimizer.probing(worker=worker):
@@ -57,7 +57,7 @@ def steps_to_target(method: str, rate: float, seed: int, nesterov: bool) -> tupl
             reached = float(loss(model(images), labels)) < TARGET
         if reached:
             break
-    return step if reached else STEPS + 1, gradients / WORKERS
+    return optimizer.step_count if reached else STEPS + 1, gradients / WORKERS
 
 
 def main() -> None:
