@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_images import train_images
 from tiny_trainer import Sentences, arguments, gpt2, make, train, weights
 from torch.nn.utils import clip_grad_norm_
 from transformers import TrainerCallback
@@ -168,3 +169,31 @@ def test_what_cannot_be_is_refused_at_once(tmp_path: Path, fields: dict[str, Any
 def test_an_extrapolation_that_would_start_later_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="extrap_start_step is 4 and local SGD starts at step 3"):
         train(tmp_path, extrap="extrap", extrap_start_step=4, extrap_virtual_workers=2, local_steps=2)
+
+
+def test_a_last_step_of_fewer_batches_moves_the_first_workers_only(tmp_path: Path) -> None:
+    """16 micro-batches for 3 workers: the sixth step has one, and its worker's step counts a third in the mean."""
+    fields = {**COMMON, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 6, "extrap_virtual_workers": 3}
+    watch = Watch()
+    train(tmp_path, **fields, local_steps=5, local_sgd_start=0.0, callbacks=[watch])
+    before = watch.seen[4]
+    trainer = train(tmp_path, **fields, local_steps=5, local_sgd_start=0.0)
+    model = gpt2()
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before.split([p.numel() for p in model.parameters()]), strict=True):
+            p.copy_(value.view_as(p))
+    batch = Sentences(64).rows[60:]
+    model(input_ids=batch, labels=batch).loss.backward()
+    step = 0.05 * torch.cat([p.grad.reshape(-1) for p in model.parameters()]) / 3
+    torch.testing.assert_close(weights(trainer), before - step, rtol=1e-5, atol=1e-7)
+
+
+def test_batch_norm_gathers_once_a_step_and_is_evaluated_at_the_mean(tmp_path: Path) -> None:
+    fields = {"max_steps": 4, "extrap_virtual_workers": 2, "eval_strategy": "steps", "eval_steps": 3}
+    losses = {}
+    for name, more in {"together": {}, "local": {"local_steps": 2, "local_sgd_start": 0.5}}.items():
+        trainer = train_images(tmp_path, **fields, **more, recalibrate_batch_norm=2)
+        losses[name] = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    # One local step is as good as one together, to the spread of a learning rate's square.
+    assert losses["local"][0] == pytest.approx(losses["together"][0], rel=0.05)
+    assert losses["local"] != losses["together"]
