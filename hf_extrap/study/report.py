@@ -77,12 +77,15 @@ def _quality(plan: Plan, results: Results, entries: list[Entry]) -> Table:
     baseline = plan.study.baseline
     columns = ["method", "best settings", f"{results.split} {spoken(results.metric)}", "95 % interval"]
     columns += [f"minus {baseline}", "95 % interval", "gap closed"] if baseline else []
+    # A loss differs in digits that a perplexity or an accuracy does not have.
+    digits = ".3f" if results.metric == "loss" else ".2f"
+    signed = f"+{digits}"
     rows = []
     for entry in entries:
-        row = [entry.method, _settings(entry), _score(entry), _interval(entry.test)]
+        row = [entry.method, _settings(entry), _score(entry, digits), _interval(entry.test, digits)]
         if baseline:
             closed = "–" if entry.gap_closed is None else f"{100 * entry.gap_closed:.0f} %"
-            row += [_plus_minus(entry.difference, signed=True), _interval(entry.difference, signed=True), closed]
+            row += [_plus_minus(entry.difference, signed), _interval(entry.difference, signed), closed]
         rows.append(row)
     return columns, rows
 
@@ -114,11 +117,11 @@ def _settings(entry: Entry) -> str:
     )
 
 
-def _score(entry: Entry) -> str:
+def _score(entry: Entry, digits: str) -> str:
     lost = len(entry.finals) - len(entry.finished)
     if entry.test is None:
         return "diverged" if lost else "–"
-    word = _plus_minus(entry.test)
+    word = _plus_minus(entry.test, digits)
     counts = f"{len(entry.finished)}/{entry.seeds_planned} seeds" + (f", {lost} diverged or failed" if lost else "")
     return word if len(entry.finished) == entry.seeds_planned else f"{word} ({counts})"
 
@@ -132,17 +135,14 @@ def _to_target(entry: Entry, name: str) -> str:
     return word + (f" ({found.count}/{entry.seeds_planned} seeds)" if partly else "")
 
 
-def _plus_minus(found: Estimate | None, signed: bool = False) -> str:
+def _plus_minus(found: Estimate | None, form: str) -> str:
     if found is None:
         return "–"
-    return f"{found.mean:{'+' if signed else ''}.2f}" + (f" ± {found.std:.2f}" if found.std is not None else "")
+    return format(found.mean, form) + (f" ± {found.std:{form.removeprefix('+')}}" if found.std is not None else "")
 
 
-def _interval(found: Estimate | None, signed: bool = False) -> str:
-    if found is None or found.low is None:
-        return "–"
-    form = "+.2f" if signed else ".2f"
-    return f"{found.low:{form}} … {found.high:{form}}"
+def _interval(found: Estimate | None, form: str) -> str:
+    return "–" if found is None or found.low is None else f"{found.low:{form}} … {found.high:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:
