@@ -49,7 +49,8 @@ def descend(losses: list[Quadratic], config: ExtrapConfig, lr: float, steps: int
 
 
 def constant(preset: str, step_size: float | str, **overrides: object) -> ExtrapConfig:
-    return ExtrapConfig.preset(preset, **{"scaling": "none", "step_size": step_size, "anneal": False, **overrides})
+    unscaled = {"scaling": "none"} if ExtrapConfig.preset(preset).scales_by_step else {}
+    return ExtrapConfig.preset(preset, **{"step_size": step_size, "anneal": False, **unscaled, **overrides})
 
 
 @pytest.mark.parametrize("preset", ["extrap", "extragradient"])
