@@ -57,6 +57,13 @@ def test_the_full_batch(run_here: Callable[..., list[float]]) -> None:
     assert past[0] == past[1] < 70 and past[0] < 0.8 * plain[0]
 
 
+def test_the_stability_limits(run_here: Callable[..., list[float]]) -> None:
+    found = run_here("stability.py")
+    # A look along the last step, c times, divides the heavy ball's largest rate by 1 + 2c.
+    for c, factor in zip(found[::2], found[1::2], strict=True):
+        assert factor == pytest.approx(1 / (1 + 2 * c), abs=0.03)
+
+
 def test_trl(run_here: Callable[..., list[float]]) -> None:
     if importlib.util.find_spec("trl") is None:
         pytest.skip("needs trl, which the extra `test` installs")

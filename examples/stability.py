@@ -1,0 +1,54 @@
+"""The largest stable learning rate on quadratics, with and without a look ahead. Run: python examples/stability.py
+
+A mode of curvature λ, scaled so that λ is at most 1, follows the linear recurrence (x, v, g, x_before) → the same one
+step later, with momentum v, gradient g = λ y, and y as the scheme has it; it is stable while no eigenvalue exceeds 1.
+Full batch, so that local and global directions are the same. The rates of Adam are those of the heavy ball over 1 − β₁.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CURVATURES = np.linspace(0.01, 1, 60)
+RATES = np.geomspace(0.02, 13, 300)
+LOOKS = {
+    "fresh gradient, η = c / λ_max": ("fresh", (0.1, 0.3, 0.5, 0.8)),
+    "past gradient, η = c / λ_max": ("past", (0.05, 0.1, 0.3, 0.5)),
+    "last step, times c": ("update", (0.1, 0.5, 0.9)),
+}
+BASES = {"no momentum": (0.0, False), "Nesterov 0.9": (0.9, True), "heavy ball 0.9, Adam": (0.9, False)}
+
+
+def recurrence(rate: float, curvature: float, momentum: float, nesterov: bool, look: str, c: float) -> np.ndarray:
+    """The 4 × 4 matrix of one step of one mode."""
+    x, v, g, before = np.eye(4)
+    y = {"fresh": x - c * curvature * x, "past": x - c * g, "update": x + c * (x - before)}[look]
+    gradient = curvature * y
+    velocity = momentum * v + gradient
+    step = gradient + momentum * velocity if nesterov else velocity
+    return np.array([x - rate * step, velocity, gradient, x])
+
+
+def largest_stable_rate(momentum: float, nesterov: bool, look: str, c: float) -> float:
+    """The last of the growing rates before the first at which some mode grows."""
+    largest = 0.0
+    for rate in RATES:
+        modes = [recurrence(rate, curvature, momentum, nesterov, look, c) for curvature in CURVATURES]
+        if np.abs(np.linalg.eigvals(np.stack(modes))).max() > 1 + 1e-9:
+            break
+        largest = float(rate)
+    return largest
+
+
+def main() -> None:
+    """Print the limit of each base, and by what each look ahead multiplies it."""
+    for base, (momentum, nesterov) in BASES.items():
+        alone = largest_stable_rate(momentum, nesterov, "fresh", 0.0)
+        print(f"{base}: stable up to a rate of {alone:.2f} / λ_max; times")
+        for name, (look, shares) in LOOKS.items():
+            factors = [largest_stable_rate(momentum, nesterov, look, c) / alone for c in shares]
+            print(f"    {name:<30}" + "".join(f"  c {c:g}: {f:.2f}" for c, f in zip(shares, factors, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
