@@ -66,7 +66,7 @@ def evaluate(tmp_path: Path, prepared: PreparedTask, batch: int = 3) -> dict[str
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(ValueError, match="choose one of language_modeling, translation"):
+    with pytest.raises(ValueError, match="choose one of image_classification, language_modeling, translation"):
         get_task("parsing")
 
 
