@@ -108,6 +108,8 @@ def _batch_axis(axes: Axes, batches: Sequence[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [f"{batch:,.0f}" for batch in batches])
     axes.set_xticks([], minor=True)
+    if len(batches) == 1:
+        axes.set_xlim(batches[0] / 2, batches[0] * 2)
     axes.set_xlabel("batch size", fontsize=9)
 
 
@@ -156,7 +158,7 @@ def _scaling(plan: Plan, results: Results) -> tuple[Figure, str] | None:
             continue
         start = scaling_start(results, plan)
         # A second of one step on one device does not shrink with the batch: perfect scaling is of steps.
-        if start is not None and name != "seconds":
+        if start is not None and name != "seconds" and max(batches) > start[0]:
             line = np.array([start[0], max(batches)])
             axes.plot(
                 line, start[0] * start[1] / line, color="0.4", linestyle="--", linewidth=1, label="perfect scaling"
@@ -166,7 +168,9 @@ def _scaling(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.set_title({"gradients": "Gradients per worker"}.get(name, name.capitalize()), fontsize=10, loc="left")
     if not drawn:
         return None
-    panels[1].sharey(panels[0])
+    limits = [axes.get_ylim() for axes in panels[:2]]
+    for axes in panels[:2]:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     _legend(figure, panels)
     return figure, (
         f"Steps, gradients per worker (a fresh direction pays twice) and seconds to validation "
@@ -227,6 +231,9 @@ def _learning_rates(plan: Plan, results: Results) -> tuple[Figure, str] | None:
         axes.grid(True, alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=9)
         axes.set_xscale("log")
+        ticks = _apart(sorted(rates))
+        axes.set_xticks(ticks, [_tick(rate) for rate in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("learning rate", fontsize=9)
         axes.set_title(worker_words(workers), fontsize=10, loc="left")
         _metric_axis(axes, results)
@@ -240,22 +247,37 @@ def _learning_rates(plan: Plan, results: Results) -> tuple[Figure, str] | None:
     )
 
 
+def _apart(values: Sequence[float]) -> list[float]:
+    """Those of growing values whose labels do not touch on a logarithmic axis: none within a quarter of its length."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or math.log(value / kept[-1]) > math.log(values[-1] / values[0]) / 4:
+            kept.append(value)
+    return kept
+
+
 def _sensitivity(plan: Plan, results: Results) -> tuple[Figure, str] | None:
     """Heat maps over the first two searched fields, a method a row, a batch size a column."""
-    maps = []
-    for method in _methods(plan):
-        for batch in plan.study.batches:
-            values = plan.study.values(method, batch.workers)
+    workers = [batch.workers for batch in plan.study.batches]
+    maps: dict[str, list[tuple[int, dict[str, list[Any]], Entry]]] = {}
+    for method in _methods(plan) if plan.study.search.kind == "grid" else []:
+        for column, count in enumerate(workers):
+            values = plan.study.values(method, count)
             lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) > 1}
-            entry = results.entry(method, batch.workers)
-            if len(lists) >= 2 and plan.study.search.kind == "grid" and entry is not None and entry.trials:
-                maps.append((method, batch.workers, dict(list(lists.items())[:2]), entry))
+            entry = results.entry(method, count)
+            if len(lists) >= 2 and entry is not None and entry.trials:
+                maps.setdefault(method, []).append((column, dict(list(lists.items())[:2]), entry))
     if not maps:
         return None
-    figure, panels = _panels(len(maps), height=2.6, columns=min(3, len(plan.study.batches)))
-    for axes, (method, workers, lists, entry) in zip(panels, maps, strict=True):
-        _heat_map(axes, lists, entry, results)
-        axes.set_title(f"{method}, {worker_words(workers)}", fontsize=10, loc="left")
+    figure, panels = _panels(len(maps) * len(workers), height=1.9, columns=len(workers))
+    for axes in panels:
+        axes.set_visible(False)
+    for row, (method, found) in enumerate(maps.items()):
+        for column, lists, entry in found:
+            axes = panels[row * len(workers) + column]
+            axes.set_visible(True)
+            _heat_map(axes, lists, entry, results)
+            axes.set_title(f"{method}, {worker_words(workers[column])}", fontsize=9, loc="left")
     return (
         figure,
         f"Tuning: validation {spoken(results.metric)} over the searched fields; × diverged. Darker is better.",
@@ -282,7 +304,7 @@ def _heat_map(axes: Axes, lists: dict[str, list[Any]], entry: Entry, results: Re
     )
     for (row, column), value in np.ndenumerate(table):
         word = f"{value:.3g}" if math.isfinite(value) else "×" if diverged[row, column] else ""
-        dark = math.isfinite(value) and shown[row, column] < (top + float(finite.min())) / 2
+        dark = math.isfinite(value) and shown[row, column] <= (top + float(finite.min())) / 2
         axes.text(column, row, word, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axes.set_xticks(range(len(columns)), [_tick(value) for value in columns], fontsize=8)
     axes.set_yticks(range(len(rows)), [_tick(value) for value in rows], fontsize=8)
@@ -291,7 +313,7 @@ def _heat_map(axes: Axes, lists: dict[str, list[Any]], entry: Entry, results: Re
 
 
 def _tick(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
 
 
 def _along_training(plan: Plan, results: Results) -> tuple[Figure, str] | None:
