@@ -37,7 +37,6 @@ class BaseIterate:
         self.keep(params, indices)
         self.moved, self.at = indices, at
 
-    @torch.no_grad()
     def restore(self, params: Sequence[Tensor]) -> None:
         """Put x back, bit for bit; nothing happens at rest."""
         copy_([params[i] for i in self.moved], [self.kept[i] for i in self.moved])

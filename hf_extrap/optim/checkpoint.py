@@ -6,8 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from .processes import rank_and_world_size
 
 if TYPE_CHECKING:
     from .extrapolated import Extrapolated
@@ -22,7 +23,7 @@ def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
         "skipped_steps": optimizer.skipped_steps,
         "peak_lr": list(optimizer._sizes.peak_lr),
         "last_step": optimizer._last_step,
-        "local": local_state(optimizer) if not optimizer.config.is_local or _world_size() == 1 else None,
+        "local": local_state(optimizer) if not optimizer.config.is_local or rank_and_world_size()[1] == 1 else None,
     }
 
 
@@ -87,10 +88,6 @@ def _owner(optimizer: Extrapolated) -> dict[str, Any]:
     """Who can use these directions: global ones fit any number of workers."""
     owner: dict[str, Any] = {"direction": optimizer.config.direction, "scope": optimizer.config.scope}
     if optimizer.config.is_local:
-        rank = dist.get_rank() if _world_size() > 1 else 0
-        owner |= {"world_size": _world_size(), "virtual_workers": optimizer.virtual_workers, "rank": rank}
+        rank, world_size = rank_and_world_size()
+        owner |= {"world_size": world_size, "virtual_workers": optimizer.virtual_workers, "rank": rank}
     return owner
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

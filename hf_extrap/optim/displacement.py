@@ -122,6 +122,7 @@ def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(torch.isfinite(wide), rounded, wide).to(torch.bfloat16)
 
 
+@torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy bit for bit, list to list."""
     if targets:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -22,8 +21,10 @@ from .directions import last_update, noise
 from .displacement import displace_, norms, scale_direction, total_norm
 from .memory import Buffers, DirectionMemory, is_finite
 from .preconditioner import adam_preconditioner
+from .processes import rank_and_world_size
 from .statistics import StepStatistics, clipping_factor, cosine
 from .step_size import StepSize
+from .wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ NOWHERE = -1
 """Where parameters are that hold the y of a step given up."""
 
 
-class Extrapolated(Optimizer):
+class Extrapolated(OptimizerWrapper):
     """Takes the gradient at an extrapolated point y = x − η · S(d, x), and steps the parameters x with any optimizer.
 
     At rest the parameters are x. A training loop gains one line, and for fresh directions (`config.is_fresh`, or `auto`
@@ -111,39 +112,6 @@ class Extrapolated(Optimizer):
         self._lengths: dict[int, Tensor] = {}
         self._first_scale: float | None = None
         self._preconditioner: Buffers | None = None
-
-    # The base optimizer's face
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's own groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's own state."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's own defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
-        self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with gradients of a step that was not taken, the step is given up (see `discard`)."""
@@ -354,7 +322,7 @@ class Extrapolated(Optimizer):
             self._noted.note("step_size", torch.as_tensor(steps[0][2]).abs())
 
     def _steps(self, key: int, scaled: dict[int, Tensor]) -> list[tuple[int, int, float | Tensor]]:
-        """(first parameter, one past the last, η) of each group, after the cap; keeps ‖x − y‖ where it is needed."""
+        """(first parameter, one past the last, η) of each group, after the cap; keeps ‖x − y‖ where it is measured."""
         steps: list[tuple[int, int, float | Tensor]] = []
         start = 0
         for index, group in enumerate(self.param_groups):
@@ -362,24 +330,14 @@ class Extrapolated(Optimizer):
             steps.append((start, stop, self._sizes.of_group(index, group, key)))
             start = stop
         cap = self.config.max_displacement
-        if (cap is None or self._last_step is None) and not self._measures:
-            return steps
-        parts = [total_norm([scaled[i] for i in range(a, b) if i in scaled]) for a, b, _ in steps]
-        length = total_norm([(part * step).to(parts[0]) for part, (_, _, step) in zip(parts, steps, strict=True)])
         if cap is not None and self._last_step is not None:
+            length = _length(scaled, steps)
             tiny = torch.finfo(length.dtype).tiny
             last_length = torch.linalg.vector_norm(self._last_step).to(length)
             factor = (cap * last_length / length.clamp_min(tiny)).clamp_max(1)
             steps = [(a, b, step * factor) for a, b, step in steps]
-            length = length * factor
-        self._lengths[key] = length
-        if self.config.precondition:
-            # In the metric of P⁻¹, with η as it is after the cap.
-            moves = [
-                (step, self._in_metric({i: scaled[i] for i in range(a, b) if i in scaled}, -0.5))
-                for a, b, step in steps
-            ]
-            self._lengths[key] = total_norm([(total_norm(part) * step).to(length) for step, part in moves])
+        if self._measures:
+            self._lengths[key] = _length(self._in_metric(scaled, -0.5), steps)
         return steps
 
     def _preconditioned(self, direction: Buffers) -> Buffers:
@@ -397,10 +355,11 @@ class Extrapolated(Optimizer):
             moved.append(None if d is None or scale is None else scale * d)
         return moved
 
-    def _in_metric(self, tensors: dict[int, Tensor], power: float) -> list[Tensor]:
-        """Each tensor times its Pᵖᵒʷᵉʳ."""
-        scales = self._preconditioner or []
-        return [t if (scale := scales[i]) is None else t * scale.pow(power).to(t) for i, t in tensors.items()]
+    def _in_metric(self, tensors: dict[int, Tensor], power: float) -> dict[int, Tensor]:
+        """Each tensor times its Pᵖᵒʷᵉʳ; without a preconditioner the tensors themselves."""
+        if (scales := self._preconditioner) is None:
+            return tensors
+        return {i: t if (scale := scales[i]) is None else t * scale.pow(power).to(t) for i, t in tensors.items()}
 
     def _direction(self, key: int) -> Buffers:
         params = self._params()
@@ -452,8 +411,8 @@ class Extrapolated(Optimizer):
         pairs = enumerate(zip(at_y, at_x, strict=True))
         change = {i: a.sub(b.to(a)) for i, (a, b) in pairs if a is not None and b is not None}
         if change and key in self._lengths:
-            seen = self._in_metric(change, 0.5) if self.config.precondition else list(change.values())
-            self._sizes.measure(key, total_norm(seen), self._lengths[key])
+            seen = self._in_metric(change, 0.5)
+            self._sizes.measure(key, total_norm(list(seen.values())), self._lengths[key])
 
     def _look_back(self) -> None:
         """Turn what this step saw into what the next one looks along."""
@@ -498,7 +457,7 @@ class Extrapolated(Optimizer):
 
     def _worker_number(self, key: int) -> int:
         """The number of this process's worker among those of all processes; 0 for all in global scope."""
-        rank, world_size = _process()
+        rank, world_size = rank_and_world_size()
         return key * world_size + rank if self.config.is_local else 0
 
     def _select(self, worker: int | None) -> int:
@@ -509,9 +468,6 @@ class Extrapolated(Optimizer):
         return self._worker
 
     # Small things
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _grad_scale(self) -> float:
         scaler = self.grad_scaler
@@ -611,7 +567,7 @@ class Extrapolated(Optimizer):
         return f"Extrapolated({self.base!r},\n{self.config!r}, virtual_workers={self.virtual_workers})"
 
 
-def _process() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def _length(moves: dict[int, Tensor], steps: Sequence[tuple[int, int, float | Tensor]]) -> Tensor:
+    """The length of moves by parameter, each times the η of its group."""
+    parts = [total_norm([moves[i] for i in range(a, b) if i in moves]) for a, b, _ in steps]
+    return total_norm([(part * step).to(parts[0]) for part, (_, _, step) in zip(parts, steps, strict=True)])

@@ -17,10 +17,14 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from .displacement import copy_
+from .processes import rank_and_world_size
+from .wrapper import OptimizerWrapper
+
 logger = logging.getLogger(__name__)
 
 
-class LocalSGD(Optimizer):
+class LocalSGD(OptimizerWrapper):
     """Steps like the base optimizer until `start`, then each worker by itself.
 
     The workers are the `virtual_workers` of this process, times the processes of torch.distributed if it is
@@ -66,39 +70,6 @@ class LocalSGD(Optimizer):
         self._fields: list[dict[str, Any]] | None = None
         self.stop()
         Optimizer.__setstate__(self, {})
-
-    # The base optimizer's face
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's own groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state; at rest that of the first worker."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's own defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
-        self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -162,7 +133,7 @@ class LocalSGD(Optimizer):
         earlier = [p.grad for p in params]
         for p in params:
             p.grad = None
-        _copy(params, own)
+        copy_(params, own)
         try:
             yield
             grads = [p.grad for p in params]
@@ -173,10 +144,10 @@ class LocalSGD(Optimizer):
                 grads = [None if grad is None else torch.zeros_like(grad) for grad in grads]
             else:
                 self._step_base(worker)
-                _copy(own, params)
+                copy_(own, params)
             earlier = [b if a is None else a if b is None else a + b for a, b in zip(earlier, grads, strict=True)]
         finally:
-            _copy(params, x)
+            copy_(params, x)
             for p, total in zip(params, earlier, strict=True):
                 p.grad = total
 
@@ -213,7 +184,7 @@ class LocalSGD(Optimizer):
         """Make x and every worker's copy the mean of all copies, and count the steps anew; a collective call."""
         self.settle()
         for own in self._copies:
-            _copy(own, self._params())
+            copy_(own, self._params())
         self._steps_since_average = 0
 
     @torch.no_grad()
@@ -227,7 +198,7 @@ class LocalSGD(Optimizer):
         torch._foreach_div_(mean, self.virtual_workers)
         if dist.is_available() and dist.is_initialized():
             average_parameters(iter(mean), None)  # type: ignore[arg-type]
-        _copy(self._params(), mean)
+        copy_(self._params(), mean)
         self._moved = False
 
     def local_state_dict(self) -> dict[str, Any]:
@@ -238,7 +209,7 @@ class LocalSGD(Optimizer):
             workers.append(self.base.state_dict())
         if self._states:
             self.base.state = self._states[0]
-        return {"workers": workers, "processes": _world_size()}
+        return {"workers": workers, "processes": rank_and_world_size()[1]}
 
     def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start from x with the states that `local_state_dict` gave; those of other workers are left out, with a
@@ -248,13 +219,13 @@ class LocalSGD(Optimizer):
         if not workers:
             return
         self.start()
-        if (len(workers), processes) != (self.virtual_workers, _world_size()):
+        if (len(workers), processes) != (self.virtual_workers, rank_and_world_size()[1]):
             logger.warning(
                 "the checkpoint's local steps had %d × %d workers and this run has %d × %d: all go on with the first "
                 "one's optimizer state",
                 processes,
                 len(workers),
-                _world_size(),
+                rank_and_world_size()[1],
                 self.virtual_workers,
             )
             return
@@ -263,22 +234,10 @@ class LocalSGD(Optimizer):
             self.base.load_state_dict(workers[worker])
             self._states[worker] = self.base.state
 
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     def __repr__(self) -> str:
         return f"LocalSGD({self.base!r}, local_steps={self.local_steps}, virtual_workers={self.virtual_workers})"
-
-
-@torch.no_grad()
-def _copy(to: list[Tensor], values: list[Tensor]) -> None:
-    torch._foreach_copy_(to, values)
 
 
 def _copied(state: Any) -> Any:
     """A state by parameter, the parameters themselves aside."""
     return defaultdict(dict, {p: copy.deepcopy(of_parameter) for p, of_parameter in state.items()})
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
