@@ -1,4 +1,4 @@
-"""The command line: hf-extrap train, compare, sharpness, doctor."""
+"""The command line: hf-extrap train, compare, study, sharpness, doctor."""
 
 from __future__ import annotations
 

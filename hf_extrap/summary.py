@@ -105,9 +105,9 @@ def table_rows(table: pd.DataFrame) -> list[list[str]]:
         [
             row["preset"],
             f"{row['learning_rate']:g}",
-            "diverged" if row["diverged"] else _plus_minus(row["validation"], row["validation_std"], ".2f"),
-            "diverged" if row["diverged"] else _plus_minus(row["test"], row["test_std"], ".2f"),
-            _plus_minus(row["steps_to_target"], row["steps_to_target_std"], ".0f")
+            "diverged" if row["diverged"] else plus_minus(row["validation"], row["validation_std"], ".2f"),
+            "diverged" if row["diverged"] else plus_minus(row["test"], row["test_std"], ".2f"),
+            plus_minus(row["steps_to_target"], row["steps_to_target_std"], ".0f")
             + (f" ({row['reached']}/{row['seeds']} seeds)" if 0 < row["reached"] < row["seeds"] else ""),
             f"{row['seconds_per_step']:.3f}",
             f"{row['gradients_per_step']:.2f}",
@@ -117,10 +117,11 @@ def table_rows(table: pd.DataFrame) -> list[list[str]]:
     ]
 
 
-def _plus_minus(mean: float, deviation: float, form: str) -> str:
+def plus_minus(mean: float, deviation: float | None, form: str) -> str:
+    """`mean ± deviation`; a sign that `form` asks for is the mean's alone. NaN is a dash, or no deviation."""
     if pd.isna(mean):
         return "–"
-    return format(mean, form) + ("" if pd.isna(deviation) else f" ± {deviation:{form}}")
+    return format(mean, form) + ("" if pd.isna(deviation) else f" ± {deviation:{form.removeprefix('+')}}")
 
 
 def explanation(frame: pd.DataFrame, target: float | None) -> str:

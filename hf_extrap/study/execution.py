@@ -54,6 +54,12 @@ class Job:
     folder: Path
     command: str
 
+    @property
+    def identity(self) -> Row:
+        """What a row of this run begins with, however the run ends."""
+        names = ("stage", "method", "workers", "trial", "point", "seed", "fingerprint")
+        return {"study": self.study, **{name: getattr(self.cell, name) for name in names}}
+
 
 def execute(job: Job, deadline: float | None = None) -> tuple[Row, list[dict[str, Any]]]:
     """Train one run, or go on with it; an error becomes a row with the status `failed`.
@@ -70,11 +76,7 @@ def execute(job: Job, deadline: float | None = None) -> tuple[Row, list[dict[str
     """
     began = time.perf_counter()
     folder = RunFolder(job.folder)
-    row: Row = {
-        "study": job.study,
-        **{name: getattr(job.cell, name) for name in ("stage", "method", "workers", "trial", "point", "seed")},
-        "fingerprint": job.cell.fingerprint,
-    }
+    row = job.identity
     history: list[dict[str, Any]] = []
     try:
         metrics, configuration = _metrics(job, folder, deadline)

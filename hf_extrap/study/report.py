@@ -17,6 +17,7 @@ from hf_extrap.study.results import PERFECT_SCALING_MARGIN, Entry, Results, gath
 from hf_extrap.study.runner import study_folder
 from hf_extrap.study.specification import read_study
 from hf_extrap.study.statistics import Estimate
+from hf_extrap.summary import plus_minus
 
 REPORT_FILE, SUMMARY_FILE = "report.md", "summary.json"
 
@@ -130,15 +131,13 @@ def _to_target(entry: Entry, name: str) -> str:
     found = entry.to_target.get(name)
     if found is None:
         return "not reached" if name == "steps" and entry.finals else "–"
-    word = f"{found.mean:,.0f}" + (f" ± {found.std:,.0f}" if found.std is not None else "")
+    word = _plus_minus(found, ",.0f")
     partly = name == "steps" and found.count < entry.seeds_planned
     return word + (f" ({found.count}/{entry.seeds_planned} seeds)" if partly else "")
 
 
 def _plus_minus(found: Estimate | None, form: str) -> str:
-    if found is None:
-        return "–"
-    return format(found.mean, form) + (f" ± {found.std:{form.removeprefix('+')}}" if found.std is not None else "")
+    return "–" if found is None else plus_minus(found.mean, found.std, form)
 
 
 def _interval(found: Estimate | None, form: str) -> str:

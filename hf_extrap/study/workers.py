@@ -136,8 +136,7 @@ class _Worker:
 
 def lost(job: Job, message: str) -> Row:
     """The row of a run whose process told nothing."""
-    names = ("stage", "method", "workers", "trial", "point", "seed", "fingerprint")
-    return {"study": job.study, **{name: getattr(job.cell, name) for name in names}} | {
+    return job.identity | {
         "status": "failed",
         "message": message,
         "wall_clock_seconds": 0.0,

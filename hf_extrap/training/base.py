@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -32,3 +33,16 @@ class MixinBase(TrainerBase):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         return optimizer if isinstance(optimizer, Extrapolated) else None
+
+
+def refuse(field: str, obstacles: Mapping[str, bool], allowed: str) -> None:
+    """Raise a ValueError that names the first obstacle that stands.
+
+    Args:
+        field: the field that cannot be as it is, with its value: `local_steps is 8`.
+        obstacles: each in words, and whether it stands.
+        allowed: what is, and what to give instead.
+    """
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise ValueError(f"{field} and {obstacle}; allowed: {allowed}.")

@@ -12,6 +12,7 @@ from hf_extrap.optim.batched_workers import BatchedWorkers, check_batchable
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 
+from .base import refuse
 from .reporting import ReportingMixin
 
 Inputs = dict[str, Any]
@@ -42,13 +43,12 @@ class BatchedWorkersMixin(ReportingMixin):
             "gradient_checkpointing is true": args.gradient_checkpointing,
             "compute_loss_func is given": self.compute_loss_func is not None,
         }
-        for obstacle, stands in obstacles.items():
-            if stands:
-                raise ValueError(
-                    f"batch_workers is true and {obstacle}; allowed: several virtual workers in one process on one "
-                    "device, in float32 or bf16, without state carried on, compilation, checkpointing of activations "
-                    "or a loss function of your own; or batch_workers false."
-                )
+        refuse(
+            "batch_workers is true",
+            obstacles,
+            "several virtual workers in one process on one device, in float32 or bf16, without state carried on, "
+            "compilation, checkpointing of activations or a loss function of your own; or batch_workers false",
+        )
         check_batchable(self.model)
 
     def _probed(self) -> tuple[list[Inputs], dict[str, Tensor] | None]:

@@ -18,6 +18,7 @@ from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
 
+from .base import refuse
 from .reporting import ReportingMixin
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,12 @@ class LocalSGDMixin(ReportingMixin):
             "fp16 is true": args.fp16,
             "compute_loss_func is given": self.compute_loss_func is not None,
         }
-        for obstacle, stands in obstacles.items():
-            if stands:
-                raise ValueError(
-                    f"local_steps is {args.local_steps} and {obstacle}; allowed: workers that are each a process of "
-                    "DDP or a virtual worker of one micro-batch, one after another, in float32 or bf16 and with the "
-                    "model's own loss; or local_steps 1."
-                )
+        refuse(
+            f"local_steps is {args.local_steps}",
+            obstacles,
+            "workers that are each a process of DDP or a virtual worker of one micro-batch, one after another, in "
+            "float32 or bf16 and with the model's own loss; or local_steps 1",
+        )
 
     @property
     def _local_sgd(self) -> LocalSGD | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+from leaving import save_and_leave  # noqa: E402
 from tiny_images import buffers, train_images  # noqa: E402
 from tiny_trainer import weights  # noqa: E402
 
@@ -33,11 +30,7 @@ def main(folder: Path) -> None:
             "buffers": buffers(trainer.model),
             "losses": [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row],
         }
-    torch.save(seen, folder / f"images_{dist.get_rank()}.pt")
-    # Gloo has been seen to hang when models wrapped for DDP outlive the process group: leave without taking it down.
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    save_and_leave(seen, folder, "images")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+from leaving import save_and_leave  # noqa: E402
 from tiny_trainer import gpt2, train, weights  # noqa: E402
 
 from hf_extrap.training.recording import replicas_agree  # noqa: E402
@@ -61,11 +59,7 @@ def main(folder: Path) -> None:
     seen["whole"] = weights(train(folder / "whole", model=gpt2(dropout=0.1), **saving))
     resume = str(folder / "whole" / "checkpoint-4")
     seen["resumed"] = weights(train(folder / "resumed", model=gpt2(dropout=0.1), resume=resume, **saving))
-    torch.save(seen, folder / f"local_{dist.get_rank()}.pt")
-    # Gloo has been seen to hang when models wrapped for DDP outlive the process group: leave without taking it down.
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    save_and_leave(seen, folder, "local")
 
 
 if __name__ == "__main__":

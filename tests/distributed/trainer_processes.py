@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+from leaving import save_and_leave  # noqa: E402
 from tiny_trainer import gpt2, make, marian, train, weights  # noqa: E402
 
 from hf_extrap import PRESETS  # noqa: E402
@@ -80,11 +78,7 @@ def main(folder: Path, single_process_checkpoint: str) -> None:
     assert not warnings.texts, warnings.texts
     grown = train(folder / "grown", extrap="extrap-past", resume=single_process_checkpoint, **COMMON, **SAVING)
     seen["grown"], seen["grown steps"], seen["warnings"] = weights(grown), grown.state.global_step, warnings.texts
-    torch.save(seen, folder / f"rank_{dist.get_rank()}.pt")
-    # Gloo has been seen to hang when models wrapped for DDP outlive the process group: leave without taking it down.
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+    save_and_leave(seen, folder, "rank")
 
 
 if __name__ == "__main__":
