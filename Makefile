@@ -18,7 +18,7 @@ run: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10
 
-# The three studies for two cores, each less than an hour, and their reports.
+# The three studies for two cores, each an hour or less, and their reports.
 study: .venv/installed-study
 	for study in configs/studies/cpu_*.yaml; do \
 	    $(BIN)/hf-extrap study run $$study --jobs 2 && $(BIN)/hf-extrap study report $$study || exit $$?; done
