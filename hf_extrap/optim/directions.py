@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -36,10 +37,17 @@ def noise(kind: str, params: Sequence[Tensor], *, seed: int, step: int, worker: 
         worker: the number of the worker among all of them; the same number everywhere for shared noise.
 
     Returns:
-        Tensors of the parameters' shapes and devices, float32.
+        Tensors of the parameters' shapes and devices, float32. Of a sharded parameter each process draws the whole and
+        keeps its part, so that noise does not depend on the engine.
     """
     draw = NOISE[kind]
-    return [draw(param, generator_for(param.device, kind, seed, step, worker, i)) for i, param in enumerate(params)]
+    drawn = [draw(p, generator_for(p.device, kind, seed, step, worker, i)) for i, p in enumerate(params)]
+    return [_part_of(whole, p) if isinstance(p, DTensor) else whole for whole, p in zip(drawn, params, strict=True)]
+
+
+def _part_of(whole: Tensor, param: DTensor) -> Tensor:
+    """The part that this process holds of `param`, of a tensor that every process has whole."""
+    return distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)
 
 
 def generator_for(device: torch.device, *key: object) -> torch.Generator:
@@ -49,21 +57,25 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
 
 
 def last_update(
-    groups: Sequence[Mapping[str, Any]], x: Mapping[int, Tensor], learning_rate: Callable[[Mapping[str, Any]], float]
+    groups: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]],
+    stepped: Sequence[bool],
+    x: Mapping[int, Tensor],
+    learning_rate: Callable[[Mapping[str, Any]], float],
 ) -> list[Tensor | None]:
     """(x_{t−1} − x_t) / lr, the base optimizer's own direction; None for what was not stepped.
 
     Args:
-        groups: of the optimizer, whose parameters hold x_t.
+        groups: options of the optimizer, and the parameters stepped with them, which hold x_t.
+        stepped: whether each parameter was.
         x: x_{t−1} by the index of the parameter among all groups.
-        learning_rate: of a group.
+        learning_rate: of a group, from its options.
     """
     update: list[Tensor | None] = []
-    for group in groups:
-        rate = learning_rate(group)
-        for p in group["params"]:
+    for options, params in groups:
+        rate = learning_rate(options)
+        for p in params:
             before = x.get(len(update))
-            if before is None or p.grad is None or rate == 0:
+            if before is None or not stepped[len(update)] or rate == 0:
                 update.append(None)
             else:
                 update.append(before.to(torch.promote_types(p.dtype, torch.float32)).sub(p).div_(rate))

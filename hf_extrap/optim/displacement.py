@@ -24,8 +24,12 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     each = torch._foreach_norm(wide)
     stacked = torch.stack([n.to(each[0].device) for n in each])
-    # A sharded tensor's norm is taken over all of its shards.
-    return stacked.full_tensor() if isinstance(stacked, DTensor) else stacked
+    return whole(stacked)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all of its shards; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scale_direction(

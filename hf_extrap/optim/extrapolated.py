@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -19,6 +21,7 @@ from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import last_update, noise
 from .displacement import displace_, norms, scale_direction, total_norm
+from .engines import Engine, engine_of
 from .memory import Buffers, DirectionMemory, is_finite
 from .preconditioner import adam_preconditioner
 from .processes import rank_and_world_size
@@ -39,11 +42,13 @@ class Extrapolated(OptimizerWrapper):
     with a past direction now and then) two more:
 
         if optimizer.wants_probe:
-            with optimizer.probing():
-                loss(batch).backward()      # at x; leaves .grad and the random state as they were
+            with optimizer.probing() as backward:
+                backward(loss(batch))       # at x; leaves .grad and the random state as they were
         optimizer.train()                   # x → y
         loss(batch).backward()
         optimizer.step()                    # y → x, then the base optimizer's step
+
+    Under DeepSpeed and FSDP2 call `connect` once with the prepared model.
 
     With K virtual workers, K accumulation micro-batches each play a worker with its own y and d: `probing(worker=k)`
     and `train(worker=k)`, with the loss divided by K. In global scope one `probing()` holds all K backward passes.
@@ -91,13 +96,36 @@ class Extrapolated(OptimizerWrapper):
         self.skipped_steps = 0
         self.collect_statistics = False
         self.statistics: dict[str, float] = {}
+        self._engine = Engine(base)
+        self._given = [weakref.ref(p) for p in self._params()]
         self._sizes = StepSize(config)
         self._last_step: Tensor | None = None
         self._memory = DirectionMemory(getattr(torch, config.direction_dtype) if config.direction_dtype else None)
         self._cold_after_load = False
         self._start()
         Optimizer.__setstate__(self, {})
-        self._check_engine()
+        self._check_scope()
+
+    def connect(self, model: torch.nn.Module) -> None:
+        """Meet the engine that holds the parameters, before training and before a state is loaded.
+
+        Args:
+            model: what `deepspeed.initialize` returned, with this optimizer as its client optimizer, or a module after
+                `fully_shard`; any other module changes nothing.
+
+        Raises:
+            ValueError: for a scheme that the engine cannot carry out.
+            RuntimeError: if it is called in the middle of a step.
+        """
+        if self._capture.seen or self._x.at is not None:
+            raise RuntimeError("connect was called in the middle of a step; allowed: between two steps.")
+        self._engine = engine_of(model, self.base)
+        self._given = []
+        self._start()
+        self._check_scope()
+        self._engine.follow(self._before_engine_step, self._after_engine_step)
+        # Some engines take a step without gradients when they start.
+        self.step_count = self.skipped_steps = 0
 
     def _start(self) -> None:
         """What holds within one step and is never saved."""
@@ -112,6 +140,9 @@ class Extrapolated(OptimizerWrapper):
         self._lengths: dict[int, Tensor] = {}
         self._first_scale: float | None = None
         self._preconditioner: Buffers | None = None
+
+    def _params(self) -> list[Tensor]:
+        return self._engine.params()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with gradients of a step that was not taken, the step is given up (see `discard`)."""
@@ -130,7 +161,9 @@ class Extrapolated(OptimizerWrapper):
         return len(self._probed) < (self.virtual_workers if self.config.is_local else 1)
 
     @contextmanager
-    def probing(self, worker: int | None = None, model: torch.nn.Module | None = None) -> Iterator[None]:
+    def probing(
+        self, worker: int | None = None, model: torch.nn.Module | None = None
+    ) -> Iterator[Callable[[Tensor], None]]:
         """Backward passes inside give the worker's fresh direction, at x.
 
         Args:
@@ -138,32 +171,39 @@ class Extrapolated(OptimizerWrapper):
             model: the module that is passed: its BatchNorm layers do not count the batch, which the pass at y does; and
                 with DistributedDataParallel, local scope is spared the averaging that it has no use for.
 
+        Yields:
+            The function that passes a loss backward: `loss.backward()`, or what DeepSpeed has in its place.
+
         Gradients already in `.grad` are kept aside and put back, and so is the random state, so that the pass at y
         meets the same dropout masks (with `batch: independent` the masks are independent too).
         """
         key = self._key(self._select(worker))
-        params = self._params()
         self._check_engine()
         self.rest()
         self._base_trains()
-        self._capture.attach(params)
+        leaves, local = self._engine.leaves(), self.config.is_local
+        by_hooks = local or self._engine.probes_by_hooks
+        self._capture.attach(leaves)
         seen, squares = self._capture.seen, self._capture.pass_squares
-        kept = [p.grad for p in params]
-        for p in params:
-            p.grad = None
         self._capture.pass_squares = None
-        direction, filled = self._memory.start_direction(key, len(params)), set[int]()
-        if self.config.is_local:
-            self._capture.into(direction, filled, self._unscale(), self._memory.dtype)
+        direction, filled = self._memory.start_direction(key, len(leaves)), set[int]()
+        if by_hooks:
+            unscale = self._unscale() if local else 1 / self._grad_scale()
+            self._capture.into(direction, filled, unscale, self._memory.dtype)
         self._probing = True
         self._capture.listening = True
         try:
-            with self._random_state_kept(), self._unaveraged(model), running_statistics_kept(model):
-                yield
-            if self.config.is_local:
+            with self._engine.probing() as backward:
+                with self._random_state_kept(), self._unaveraged(model), running_statistics_kept(model):
+                    yield backward
+                if not by_hooks and not self._engine.steps_inside:
+                    self._memory.store(key, self._gradients(1 / self._grad_scale()))
+            if not by_hooks and self._engine.steps_inside:
+                self._memory.store(key, self._gradients(1.0))
+            if by_hooks:
                 self._memory.directions[key] = [d if i in filled else None for i, d in enumerate(direction)]
-            else:
-                self._memory.store(key, self._gradients(1 / self._grad_scale()))
+                if not local:
+                    self._engine.average(self._memory.directions[key])
             self._probed.add(key)
             self._pending_probe = True
         except BaseException:
@@ -173,8 +213,6 @@ class Extrapolated(OptimizerWrapper):
             self._probing = False
             self._capture.stop()
             self._capture.seen, self._capture.pass_squares = seen, squares
-            for p, grad in zip(params, kept, strict=True):
-                p.grad = grad
 
     @torch.no_grad()
     def train(self, worker: int | None = None) -> None:
@@ -193,11 +231,11 @@ class Extrapolated(OptimizerWrapper):
         if self.config.direction == "none" and not self.collect_statistics:
             return
         self._check_engine()
-        self._capture.attach(self._params())
+        self._capture.attach(self._engine.leaves())
         if self.collect_statistics and self._capture.pass_squares is None:
             self._capture.pass_squares = []
         self._capture.start_pass()
-        self._sizes.follow(self.param_groups)
+        self._sizes.follow([options for options, _ in self._engine.groups()])
         if self._first_scale is None:
             self._first_scale = self._grad_scale()
         if self.config.captures(self.step_count) or self._measures:
@@ -216,7 +254,10 @@ class Extrapolated(OptimizerWrapper):
     def rest(self) -> None:
         """Put x back; within the step, `train` finds the same y again. Gradients that come until then are nobody's."""
         self._capture.stop()
-        self._x.restore(self._params())
+        if self._x.moved:
+            self._x.restore(self._params())
+            self._engine.moved()
+        self._x.at = None
 
     def eval(self) -> None:
         """Put x back, and put a base optimizer that has modes into its evaluation mode."""
@@ -244,23 +285,59 @@ class Extrapolated(OptimizerWrapper):
         Returns:
             The closure's loss, or None.
         """
+        if self._engine.steps_inside:
+            return self._step_part()
         loss = self._evaluate(closure) if closure is not None else None
         self.rest()
         if self.config.moves and not is_finite(self._gradients(1.0)):
             self.discard()
             return loss
         self._base_trains()
-        self._observe(self._gradients(1.0), clipped=True)
-        if self._needs_step_length or self.config.direction == "past_update":
-            self._x.keep(self._params(), (i for i, p in enumerate(self._params()) if p.requires_grad))
+        gradients = self._gradients(1.0)
+        self._observe(gradients, clipped=True)
+        self._keep_x()
         if self._keeps_averaged_gradient:
             # Before the step: some optimizers, such as LARS, turn .grad into their update.
-            self._memory.store(0, self._gradients(1.0))
+            self._memory.store(0, gradients)
+        stepped = [g is not None for g in gradients]
         self.base.step()
-        self._look_back()
+        self._end_step(stepped)
+        return loss
+
+    def _keep_x(self) -> None:
+        if self._needs_step_length or self.config.direction == "past_update":
+            self._x.keep(self._params(), (i for i, p in enumerate(self._engine.leaves()) if p.requires_grad))
+
+    def _end_step(self, stepped: Sequence[bool]) -> None:
+        self._look_back(stepped)
         self.step_count += 1
         self.reset_step()
-        return loss
+
+    # A step inside an engine's
+
+    def _before_engine_step(self) -> None:
+        self.rest()
+        if self._engine.steps_inside:
+            self._keep_x()
+
+    def _step_part(self) -> None:
+        """The base optimizer's step with the groups that the engine has put into it."""
+        if self._keeps_averaged_gradient or self.collect_statistics or (self._measures and not self.config.is_local):
+            self._engine.collect([p for group in self.param_groups for p in group["params"]])
+        self._base_trains()
+        self.base.step()
+
+    @torch.no_grad()
+    def _after_engine_step(self, taken: bool) -> None:
+        """The engine has written x of the next step, or has given the step up."""
+        if not taken:
+            self.discard()
+            return
+        gradients = self._gradients(1.0)
+        self._observe(gradients, clipped=True)
+        if self._keeps_averaged_gradient:
+            self._memory.store(0, gradients)
+        self._end_step([p.requires_grad for p in self._engine.leaves()])
 
     def discard(self) -> None:
         """Give up the step in progress: x is put back, past directions are dropped, and the skip is counted."""
@@ -317,6 +394,7 @@ class Extrapolated(OptimizerWrapper):
             group = [i for i in range(start, stop) if i in scaled]
             seeds = [("rounding", self.config.seed, self.step_count, self._worker_number(key), i) for i in group]
             displace_([params[i] for i in group], [scaled[i] for i in group], step, seeds)
+        self._engine.moved()
         if self.collect_statistics:
             self._noted.note("displacement_norm", total_norm([self._x.kept[i].sub(params[i]) for i in indices]))
             self._noted.note("step_size", torch.as_tensor(steps[0][2]).abs())
@@ -325,9 +403,9 @@ class Extrapolated(OptimizerWrapper):
         """(first parameter, one past the last, η) of each group, after the cap; keeps ‖x − y‖ where it is measured."""
         steps: list[tuple[int, int, float | Tensor]] = []
         start = 0
-        for index, group in enumerate(self.param_groups):
-            stop = start + len(group["params"])
-            steps.append((start, stop, self._sizes.of_group(index, group, key)))
+        for index, (options, params) in enumerate(self._engine.groups()):
+            stop = start + len(params)
+            steps.append((start, stop, self._sizes.of_group(index, options, key)))
             start = stop
         cap = self.config.max_displacement
         if cap is not None and self._last_step is not None:
@@ -364,16 +442,17 @@ class Extrapolated(OptimizerWrapper):
     def _direction(self, key: int) -> Buffers:
         params = self._params()
         if self.config.is_noise:
+            moves = [p.requires_grad for p in self._engine.leaves()]
             drawn = iter(
                 noise(
                     self.config.direction,
-                    [p for p in params if p.requires_grad],
+                    [p for p, moved in zip(params, moves, strict=True) if moved],
                     seed=self.config.seed,
                     step=self.step_count,
                     worker=self._worker_number(key),
                 )
             )
-            return [next(drawn) if p.requires_grad else None for p in params]
+            return [next(drawn) if moved else None for moved in moves]
         if key not in self._memory.directions and self._cold_after_load and self.step_count > 0:
             logger.warning("this worker's direction was not in the checkpoint: its first step does not extrapolate")
         self._cold_after_load = False
@@ -414,7 +493,7 @@ class Extrapolated(OptimizerWrapper):
             seen = self._in_metric(change, 0.5)
             self._sizes.measure(key, total_norm(list(seen.values())), self._lengths[key])
 
-    def _look_back(self) -> None:
+    def _look_back(self, stepped: Sequence[bool]) -> None:
         """Turn what this step saw into what the next one looks along."""
         if self._measures and self.config.is_local:
             for worker in self._probed.intersection(self._memory.captured_workers()):
@@ -429,12 +508,12 @@ class Extrapolated(OptimizerWrapper):
         if not self.config.is_past or not self.config.is_active(self.step_count + 1):
             self._memory.directions.clear()
         elif self.config.direction == "past_update":
-            self._memory.store(0, last_update(self.param_groups, self._x.kept, self._sizes.learning_rate))
+            self._memory.store(0, last_update(self._engine.groups(), stepped, self._x.kept, self._sizes.learning_rate))
         elif self.config.is_local:
             self._memory.turn_captured_into_directions()
 
     def _gradients(self, unscale: float) -> Buffers:
-        return [p.grad if p.grad is None or unscale == 1 else p.grad * unscale for p in self._params()]
+        return [g if g is None or unscale == 1 else g * unscale for g in self._engine.gradients()]
 
     # What the configuration asks of this step
 
@@ -471,7 +550,8 @@ class Extrapolated(OptimizerWrapper):
 
     def _grad_scale(self) -> float:
         scaler = self.grad_scaler
-        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        return scale * self._engine.loss_scale
 
     def _unscale(self) -> float:
         """The factor that turns a worker's gradient of the scaled loss into that of its mean loss."""
@@ -482,8 +562,12 @@ class Extrapolated(OptimizerWrapper):
         if not self._capture.seen:
             return
         overflow = self._first_scale is not None and self._grad_scale() < self._first_scale
-        if overflow or all(p.grad is None for p in self._params()):
+        if overflow or self._gradients_are_gone():
             self.discard()
+
+    def _gradients_are_gone(self) -> bool:
+        # DeepSpeed keeps gradients elsewhere, and tells of a step that it gives up.
+        return not self._engine.steps_inside and all(p.grad is None for p in self._params())
 
     def _base_trains(self) -> None:
         """Put a base optimizer that has modes, such as a schedule-free one, into its training mode."""
@@ -512,14 +596,36 @@ class Extrapolated(OptimizerWrapper):
             return model.no_sync()
         return nullcontext()
 
+    def _check_scope(self) -> None:
+        sharded = self._engine.is_sharded or any(
+            isinstance(p, DTensor) or type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id") for p in self._params()
+        )
+        if sharded and self.config.is_local and self.config.direction != "none":
+            raise ValueError(
+                "scope is 'local', but the parameters are sharded (FSDP or ZeRO-3), so that no worker has its own y; "
+                "allowed: scope 'global' (extragradient, optimistic, past-update, noise), or unsharded weights."
+            )
+        if self._engine.is_sharded and self.config.scaling == "filter" and "stage 3" in self._engine.name:
+            raise ValueError("scaling is 'filter', but ZeRO-3 cuts through filters; allowed: layer, or another engine.")
+        if self._engine.steps_inside and self.config.precondition:
+            raise ValueError(
+                f"precondition is true, but under {self._engine.name} the state of the base optimizer lies in flat "
+                "parts; allowed: precondition false, or past-update."
+            )
+
     def _check_engine(self) -> None:
-        if self.config.is_local and self.config.direction != "none" and not self.config.is_noise:
-            for p in self._params():
-                if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
-                    raise ValueError(
-                        "scope is 'local', but the parameters are sharded (FSDP or ZeRO-3), so that no worker has its "
-                        "own y; allowed: scope 'global' (extragradient, optimistic, past-update), or unsharded weights."
-                    )
+        """An engine that has replaced the parameters must be known before anything is moved."""
+        if self._given:
+            params = self._params()
+            if type(self._engine) is Engine and any(isinstance(p, DTensor) for p in params):
+                raise RuntimeError("the parameters are sharded: call optimizer.connect(model) before training.")
+            if len(params) < len(self._given) or any(
+                (given := ref()) is not None and given is not p for ref, p in zip(self._given, params, strict=False)
+            ):
+                raise RuntimeError(
+                    "an engine has put other tensors in the place of the parameters: call optimizer.connect(engine), "
+                    "with what deepspeed.initialize returned, before training."
+                )
 
     # Saving
 
@@ -549,11 +655,13 @@ class Extrapolated(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         self.rest()
-        within_step = set(vars(Extrapolated._blank()))
-        return {k: v for k, v in self.__dict__.items() if k not in within_step and k != "step"}
+        within_step = {*vars(Extrapolated._blank()), "step", "_engine", "_given"}
+        return {k: v for k, v in self.__dict__.items() if k not in within_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._engine = Engine(self.base)
+        self._given = []
         self._start()
         Optimizer.__setstate__(self, {})
 

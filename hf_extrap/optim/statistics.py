@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .displacement import total_norm
+from .displacement import total_norm, whole
 
 
 class StepStatistics:
@@ -38,7 +38,7 @@ def cosine(direction: Sequence[Tensor | None], gradient: Sequence[Tensor | None]
     if not pairs:
         return torch.zeros(())
     norms = total_norm([d for d, _ in pairs]) * total_norm([g for _, g in pairs])
-    dot = torch.stack([torch.sum(d * g).to(norms) for d, g in pairs]).sum()
+    dot = torch.stack([whole(torch.sum(d * g)).to(norms) for d, g in pairs]).sum()
     return dot / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
@@ -55,7 +55,7 @@ def clipping_factor(averaged: Sequence[Tensor | None], local: Sequence[Tensor | 
     if not pairs:
         return torch.ones(())
     square = total_norm([a for a, _ in pairs]).square()
-    product = torch.stack([torch.sum(a * b).to(square) for a, b in pairs]).sum()
+    product = torch.stack([whole(torch.sum(a * b)).to(square) for a, b in pairs]).sum()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(product)
         product /= dist.get_world_size()

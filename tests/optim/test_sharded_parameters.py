@@ -52,6 +52,7 @@ def test_global_scope_trains_as_without_shards(preset: str) -> None:
     for sharded in (False, True):
         model = make_model(sharded)
         optimizer = make_optimizer(model, preset)
+        optimizer.connect(model)
         generator = torch.Generator().manual_seed(1)
         for _ in range(5):
             batch = torch.randn(16, 4, generator=generator)

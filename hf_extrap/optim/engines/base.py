@@ -1,0 +1,85 @@
+"""The engine that is none: one process, or DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..memory import Buffers
+
+
+class Engine:
+    """What the wrapper must know of whoever holds the parameters.
+
+    Here the base optimizer steps the parameters that are moved, and their gradients are in `.grad`. Other engines show
+    their parameters in the same form, so that the wrapper need not know which one it is.
+
+    Attributes:
+        name: in words, for errors.
+        is_sharded: whether each process holds a part of every parameter, as a DTensor.
+        steps_inside: whether the engine calls the base optimizer part by part, on tensors of its own, and then writes
+            the parameters itself.
+        loss_scale: what the engine itself multiplies the loss by, in float16.
+        probes_by_hooks: whether a fresh direction is what the hooks on the leaves see, with no `.grad` written.
+    """
+
+    name = "one process or DDP"
+    is_sharded = False
+    steps_inside = False
+    probes_by_hooks = False
+
+    @property
+    def loss_scale(self) -> float:
+        """See the attributes."""
+        return 1.0
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+
+    def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The options of each group of the base optimizer, and the parameters that are moved with them."""
+        return [(group, group["params"]) for group in self._base.param_groups]
+
+    def params(self) -> list[Tensor]:
+        """What is moved, group by group."""
+        return [p for _, params in self.groups() for p in params]
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors of the graph that `params` stand for, in the same order."""
+        return self.params()
+
+    def gradients(self) -> Buffers:
+        """The averaged gradient that this step's base optimizer takes."""
+        return [p.grad for p in self.params()]
+
+    def check(self) -> None:
+        """Raise what keeps the next move from being seen by the forward pass."""
+
+    def moved(self) -> None:
+        """Let copies of the parameters that the engine keeps follow a move."""
+
+    @contextmanager
+    def probing(self) -> Iterator[Callable[[Tensor], None]]:
+        """A pass at x whose gradient is no part of the step; gives the function that passes backward."""
+        leaves = self.leaves()
+        kept = [p.grad for p in leaves]
+        for p in leaves:
+            p.grad = None
+        try:
+            yield lambda loss: loss.backward()
+        finally:
+            for p, grad in zip(leaves, kept, strict=True):
+                p.grad = grad
+
+    def average(self, direction: Sequence[Tensor | None]) -> None:
+        """Average over the processes, in place, what the hooks have seen."""
+
+    def collect(self, stepped: Sequence[Tensor]) -> None:
+        """Take the averaged gradient from tensors that the base optimizer is about to step (with `steps_inside`)."""
+
+    def follow(self, before: Callable[[], None], after: Callable[[bool], None]) -> None:
+        """Call these around every step of the engine; the second is told whether it was taken (with `steps_inside`)."""

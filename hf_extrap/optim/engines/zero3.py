@@ -1,0 +1,106 @@
+"""DeepSpeed, stage 3: every process holds a part of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from ..memory import Buffers
+from .deepspeed import DeepSpeedEngine
+
+
+class ZeRO3Engine(DeepSpeedEngine):
+    """Moves the parts that this process holds, shown as one-dimensional DTensors over the weights' elements."""
+
+    name = "DeepSpeed, stage 3"
+    is_sharded = True
+    steps_inside = True
+    probes_by_hooks = False
+
+    def __init__(self, engine: Any, base: Optimizer) -> None:
+        super().__init__(engine, base)
+        self._options = list(base.param_groups)
+        zero = engine.optimizer
+        if any(flat is None for flat in zero.fp16_partitioned_groups_flat):
+            raise ValueError(
+                "the engine is DeepSpeed, stage 3, with weights swapped to disk, where extrapolation cannot reach "
+                "them; allowed: offload_param to the device none or cpu."
+            )
+        self._zero = zero
+        group = engine.data_parallel_group
+        self._mesh = DeviceMesh.from_group(group, zero.fp16_partitioned_groups_flat[0].device.type)
+        self._rank = torch.distributed.get_rank(group)
+        self._gradient: dict[int, Tensor] = {}
+        self._shards: dict[Tensor, tuple[int, Tensor]] = {}
+
+    @property
+    def loss_scale(self) -> float:
+        """See `Engine.loss_scale`."""
+        return float(self._zero.loss_scale)
+
+    def leaves(self) -> list[Any]:
+        """See `Engine.leaves`."""
+        return [p for _, weights in self._weights() for p in weights]
+
+    def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """See `Engine.groups`."""
+        return [(options, [self._shard(p) for p in weights]) for options, weights in self._weights()]
+
+    def _weights(self) -> list[tuple[dict[str, Any], list[Any]]]:
+        found: list[tuple[dict[str, Any], list[Any]]] = [(options, []) for options in self._options]
+        for subgroup, weights in enumerate(self._zero.fp16_groups):
+            found[self._zero.sub_group_to_group_id[subgroup]][1].extend(weights)
+        return found
+
+    def _shard(self, weight: Any) -> Tensor:
+        """This process's part of a weight, a view of what DeepSpeed gathers from."""
+        address = weight.ds_tensor.data_ptr()
+        known = self._shards.get(weight)
+        if known is None or known[0] != address:
+            known = self._shards[weight] = (address, self._as_dtensor(weight, weight.ds_tensor.detach()))
+        return known[1]
+
+    def _as_dtensor(self, weight: Any, part: Tensor) -> Tensor:
+        """A part without its padding."""
+        size, numel = weight.ds_tensor.numel(), weight.ds_numel
+        held = min(max(numel - self._rank * size, 0), size)
+        return DTensor.from_local(
+            part.flatten()[:held], self._mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,)
+        )
+
+    def moved(self) -> None:
+        """Drop gathered weights: small ones stay gathered from step to step, and would not move."""
+        for _, weights in self._weights():
+            gathered = [p for p in weights if p.ds_status.name == "AVAILABLE"]
+            if gathered:
+                gathered[0].partition(gathered, has_been_updated=False)
+
+    def gradients(self) -> Buffers:
+        """See `Engine.gradients`; what `collect` has taken, once."""
+        taken, self._gradient = self._gradient, {}
+        return [None if (g := taken.get(p.ds_id)) is None else self._as_dtensor(p, g) for p in self.leaves()]
+
+    def collect(self, stepped: Sequence[Tensor]) -> None:
+        """See `Engine.collect`."""
+        for flat, weights in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True):
+            if flat.grad is None or not any(flat is tensor for tensor in stepped):
+                continue
+            pieces = torch.split(flat.grad, [p.ds_tensor.numel() for p in weights])
+            self._gradient |= {
+                p.ds_id: piece.to(p.ds_tensor.device, copy=True) for p, piece in zip(weights, pieces, strict=True)
+            }
+
+    @contextmanager
+    def probing(self) -> Iterator[Callable[[Tensor], None]]:
+        """See `Engine.probing`: DeepSpeed averages and divides the gradient, which is then taken out of its buffers."""
+        yield self._engine.backward
+        gradients = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        self._gradient = {p.ds_id: gradients[p.ds_id].to(p.ds_tensor.device, copy=True) for p in self.leaves()}
+        self._zero.zero_grad()
