@@ -56,8 +56,9 @@ class Engine:
         """The averaged gradient that this step's base optimizer takes."""
         return [p.grad for p in self.params()]
 
-    def check(self) -> None:
-        """Raise what keeps the next move from being seen by the forward pass."""
+    def gradient_norm(self) -> float | None:
+        """‖ḡ‖ before clipping, where the engine clips by itself and has measured it."""
+        return None
 
     def moved(self) -> None:
         """Let copies of the parameters that the engine keeps follow a move."""
@@ -67,13 +68,15 @@ class Engine:
         """A pass at x whose gradient is no part of the step; gives the function that passes backward."""
         leaves = self.leaves()
         kept = [p.grad for p in leaves]
+        # With gradient_as_bucket_view they are views into memory that the averaging of this pass writes to.
+        contents = [grad.clone() if grad is not None and grad._is_view() else None for grad in kept]
         for p in leaves:
             p.grad = None
         try:
             yield lambda loss: loss.backward()
         finally:
-            for p, grad in zip(leaves, kept, strict=True):
-                p.grad = grad
+            for p, grad, content in zip(leaves, kept, contents, strict=True):
+                p.grad = grad if grad is None or content is None else grad.copy_(content)
 
     def average(self, direction: Sequence[Tensor | None]) -> None:
         """Average over the processes, in place, what the hooks have seen."""
