@@ -185,11 +185,16 @@ class Chain:
 
 
 class Plan:
-    """All runs of a study: for each batch size its methods, in the order of the file."""
+    """All runs of a study: for each batch size the methods that run there, in the order of the file."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.chains = [Chain(study, method, batch.workers) for batch in study.batches for method in study.methods]
+        self.chains = [
+            Chain(study, method, batch.workers)
+            for batch in study.batches
+            for method in study.methods
+            if batch.workers in study.workers_of(method)
+        ]
 
     def check(self) -> None:
         """Resolve every run of the study that is known, without running any.

@@ -61,11 +61,13 @@ class Method:
     Attributes:
         scale_learning_rate: by what the searched learning rates grow from the first batch to another one:
             `linear`, the ratio of their workers, or `sqrt`, its square root.
+        workers: the batch sizes where it is tuned and run, each as its number of workers; all unless given.
     """
 
     search: dict[str, Values]
     fields: dict[str, Any] = field(default_factory=dict)
     scale_learning_rate: Literal["none", "linear", "sqrt"] = "none"
+    workers: list[int] | None = None
 
     def __post_init__(self) -> None:
         read = {key: list(map(_read, v)) if isinstance(v, list) else v for key, v in self.search.items()}
@@ -123,7 +125,7 @@ class Study:
         config: the recipe that every run starts from.
         fields: for every run, over the recipe; a batch's fields win over them, a method's over those, and the
             searched ones over all.
-        batches, methods: every method is tuned and run at every batch size.
+        batches, methods: every method is tuned and run at every batch size, or at its own `workers`.
         search: how it is tuned.
         tune_seeds: each trial is run with these; trials are ranked by their mean validation metric.
         seeds: the best trial is run again with these, and only these are reported, on test.
@@ -164,6 +166,10 @@ class Study:
                 if found.workers not in workers:
                     raise ValueError(f"{name}: no batch has {found.workers} workers; allowed: {listed(workers)}.")
                 self._check_name(f"{name}.method", found.method)
+                if found.workers not in (run := self.workers_of(found.method)):
+                    raise ValueError(
+                        f"{name}: {found.method!r} does not run with {found.workers} workers; allowed: {listed(run)}."
+                    )
         self._check_name("baseline", self.baseline)
 
     def _check_name(self, where: str, method: str | None) -> None:
@@ -175,6 +181,16 @@ class Study:
             raise ValueError(
                 f"methods.{name} names no preset; give it `fields: {{extrap: …}}`, one of {listed(PRESETS)}."
             )
+        if method.workers is not None:
+            workers = [batch.workers for batch in self.batches]
+            if not method.workers or len(set(method.workers)) < len(method.workers):
+                raise ValueError(
+                    f"methods.{name}.workers is {method.workers}; allowed: different ones of {listed(workers)}."
+                )
+            if unknown := [count for count in method.workers if count not in workers]:
+                raise ValueError(
+                    f"methods.{name}.workers: no batch has {unknown[0]} workers; allowed: {listed(workers)}."
+                )
         for key, values in method.search.items():
             if isinstance(values, Range) and self.search.kind == "grid":
                 raise ValueError(f"methods.{name}.search.{key} is a range; allowed with search.kind grid: a list.")
@@ -193,6 +209,11 @@ class Study:
                     f"methods.{name}.search has {points} points and search.trials is {self.search.trials}; allowed: "
                     "the same number for every method, so that all are tuned alike."
                 )
+
+    def workers_of(self, method: str) -> list[int]:
+        """The batch sizes where a method is tuned and run, in the order of the batches."""
+        chosen = self.methods[method].workers
+        return [batch.workers for batch in self.batches if chosen is None or batch.workers in chosen]
 
     def batch(self, workers: int) -> Batch:
         """The batch with so many workers."""

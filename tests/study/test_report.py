@@ -111,6 +111,18 @@ def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> No
     assert all(f"]({name})" in text and (folder / name).stat().st_size > 10_000 for name in drawn)
 
 
+def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, write_study: WriteStudy) -> None:
+    study = write_study({"methods/extrap/workers": [4]})
+    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
+    results, shown = report(study)
+    assert [(entry.method, entry.workers) for entry in results.entries] == [("none", 1), ("none", 4), ("extrap", 4)]
+    assert results.entries[-1].gap_closed == pytest.approx(0.4)
+    assert results.missing == [] and "Not complete" not in shown
+    small, large = (study.parent / "out/report.md").read_text().split("## ")[1:3]
+    assert "| extrap |" not in small and "| extrap |" in large
+    assert (study.parent / "out/sensitivity.png").stat().st_size > 10_000
+
+
 def test_a_target_from_the_small_batch(computed: ComputedRuns, write_study: WriteStudy) -> None:
     source = {"metric": "eval_perplexity", "from": {"method": "none", "workers": 1}}
     study = write_study({"target": source})

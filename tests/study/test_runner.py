@@ -96,6 +96,21 @@ def test_a_second_call_runs_nothing_and_a_changed_study_only_what_changed(
     assert rows_of(study)[0] == before[1] and len(rows_of(study)) == 32
 
 
+def test_a_method_runs_at_its_own_batch_sizes(computed: ComputedRuns, write_study: WriteStudy) -> None:
+    study = write_study({"methods/extrap/workers": [4], "methods/extrap/scale_learning_rate": "sqrt"})
+    code, shown = run(study)
+    assert code == 0 and "21 of 21 runs are done" in shown
+    where = {(row["method"], row["workers"]) for row in rows_of(study)}
+    assert where == {("none", 1), ("none", 4), ("extrap", 4)}
+    # Rates are still scaled from the first batch of the study.
+    rates = {row["learning_rate"] for row in rows_of(study) if row["method"] == "extrap"}
+    assert rates == {2.0, 20.0}
+    # Given its other batch size too, a method runs there alone.
+    code, _ = run(write_study({"methods/extrap/scale_learning_rate": "sqrt"}))
+    assert code == 0
+    assert {(row["method"], row["workers"]) for row in rows_of(study)[21:]} == {("extrap", 1)}
+
+
 def test_ctrl_c_keeps_what_is_done(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
     computed.errors[5] = KeyboardInterrupt()
