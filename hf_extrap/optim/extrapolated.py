@@ -315,10 +315,12 @@ class Extrapolated(OptimizerWrapper):
 
     # A step inside an engine's
 
-    def _before_engine_step(self) -> None:
+    def _before_engine_step(self, ends: bool) -> None:
         self.rest()
-        if self._engine.steps_inside:
+        if ends and self._engine.steps_inside:
             self._keep_x()
+        elif ends and self.collect_statistics:
+            self.observe()
 
     def _step_part(self) -> None:
         """The base optimizer's step with the groups that the engine has put into it."""
@@ -470,7 +472,10 @@ class Extrapolated(OptimizerWrapper):
             self._measure(0, [g if g is None else g / factor for g in gradients])
         if not self.collect_statistics:
             return
-        self._noted.replace("gradient_square", total_norm([g for g in gradients if g is not None]).square())
+        square = total_norm([g for g in gradients if g is not None]).square()
+        if (norm := self._engine.gradient_norm()) is not None:
+            square = square.new_tensor(norm**2)
+        self._noted.replace("gradient_square", square)
         if passes := self._capture.pass_squares:
             # Each pass's loss was divided by their number.
             factor = (len(passes) / self._grad_scale()) ** 2

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from hf_extrap.optim.extrapolated import Extrapolated
 
@@ -25,14 +25,26 @@ class MixinBase(TrainerBase):
     args: ExtrapTrainingArguments
     model: nn.Module
     _carried: CarriedState
+    _client_optimizer: Extrapolated | None = None
 
     @property
     def extrapolated(self) -> Extrapolated | None:
-        """The wrapper, wherever accelerate has put it; None before `create_optimizer`, and under DeepSpeed and FSDP."""
+        """The wrapper, wherever accelerate has put it; None before `create_optimizer`."""
         optimizer = self.optimizer
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        return optimizer if isinstance(optimizer, Extrapolated) else None
+        if isinstance(optimizer, Extrapolated):
+            return optimizer
+        # DeepSpeed has an optimizer of its own in that place, and calls ours.
+        return self._client_optimizer if self.is_deepspeed_enabled else None
+
+    def _pass_back(self, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
+        """A loss inside `probing`, which gave `backward`."""
+        if self.is_deepspeed_enabled:
+            # It divides by the accumulation steps of its configuration.
+            backward(loss * self.args.gradient_accumulation_steps)
+        else:
+            self.accelerator.backward(loss)
 
 
 def refuse(field: str, obstacles: Mapping[str, bool], allowed: str) -> None:

@@ -124,7 +124,9 @@ class ReportingMixin(MixinBase):
 
     def _losses_at_x_and_y(self, optimizer: Extrapolated, inputs: dict[str, Any], state: Any) -> dict[str, float]:
         """The loss of the last batch, without dropout, at x and at the y that the scheme would look from next."""
-        model, collect = self.model, optimizer.collect_statistics
+        # DeepSpeed passes backward through its own wrapper alone.
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        collect = optimizer.collect_statistics
         was_training = model.training
         optimizer.collect_statistics = False
 
@@ -138,8 +140,8 @@ class ReportingMixin(MixinBase):
             with torch.no_grad():
                 at_x = loss()
             if optimizer.wants_probe:
-                with optimizer.probing(worker=0):
-                    self.accelerator.backward(loss())
+                with optimizer.probing(worker=0) as backward:
+                    self._pass_back(loss(), backward)
             optimizer.train(worker=0)
             with torch.no_grad():
                 at_y = loss()

@@ -27,8 +27,7 @@ class ResumingMixin(MixinBase):
         if (optimizer := self.extrapolated) is None:
             return
         local = optimizer.local_state_dict()
-        # With one process the directions travel in the optimizer's own file.
-        alone = self.accelerator.num_processes == 1
+        alone = self._is_alone
         save_rank_state(
             rank_file(output_dir, self.args.process_index),
             {
@@ -48,6 +47,7 @@ class ResumingMixin(MixinBase):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or (optimizer := self.extrapolated) is None:
             return
+        self._connect(self.model_wrapped)
         path = rank_file(checkpoint, self.args.process_index)
         if not path.is_file():
             logger.warning("%s is missing: directions and recurrent states of this process start cold", path)
@@ -64,9 +64,18 @@ class ResumingMixin(MixinBase):
             return
         self._carried.load(groups.get("carried", {}), self.args.device)
         self._take_earlier_samples(groups)
-        if processes > 1:
+        if not self._is_alone:
             named = {"directions": groups.get("directions", {}), "curvature": groups.get("curvature", {})}
             optimizer.load_local_state_dict({"owner": facts["owner"], **named})
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether directions travel in the optimizer's own file: one process, whose file it is."""
+        engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.accelerator.num_processes == 1 and not engine
+
+    def _connect(self, model: nn.Module) -> None:
+        raise NotImplementedError
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint_matches(resume_from_checkpoint, self.model)

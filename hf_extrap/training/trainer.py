@@ -20,6 +20,7 @@ from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
 
 from .arguments import ExtrapArguments
+from .base import refuse
 from .base_optimizers import base_optimizer
 from .batch_norm import BatchNormMixin
 from .batched_workers import BatchedWorkersMixin, first_rows
@@ -67,6 +68,7 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
             self.model_accepts_loss_kwargs = False
         self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
         self._carried = CarriedState()
+        self._connected_to: nn.Module | None = None
         self._micro_batch = 0
         self._step_batches: list[Inputs] = []
         self._step_states: dict[str, Tensor] = {}
@@ -81,12 +83,45 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
     def _refuse_unsupported_engines(self) -> None:
         if not self._extrapolates:
             return
-        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
-        if engine is not None:
-            raise ValueError(
-                f"extrap is {self.args.extrap!r} and the engine is {engine}, where the Trainer does not extrapolate "
-                "yet; allowed: one process or DDP (torchrun, accelerate launch), or extrap 'none'."
-            )
+        deepspeed: dict[str, Any] = {}
+        if self.is_deepspeed_enabled:
+            deepspeed = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+        sharded = "ZeRO-3" if stage == 3 else "FSDP" if self.is_fsdp_enabled else None
+        field = f"extrap is {self.args.extrap!r}"
+        refuse(
+            field,
+            {"the DeepSpeed configuration has an optimizer of its own": "optimizer" in deepspeed},
+            "no `optimizer` there, but `optim` or `base_optimizer` among the arguments, or extrap 'none'",
+        )
+        refuse(
+            field,
+            {
+                "the engine is FSDP of version 1": self.is_fsdp_enabled
+                and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
+            },
+            "fsdp_version 2, or extrap 'none'",
+        )
+        refuse(
+            field,
+            {
+                f"the engine is {sharded}, where no worker has weights of its own": sharded is not None
+                and self._extrap_config.scope == "local"
+            },
+            "extrap_scope 'global' (extragradient, optimistic, past-update, noise), or DDP or ZeRO stages 0 to 2",
+        )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, dataloader = super()._prepare_for_training(*args, **kwargs)
+        self._connect(model)
+        return model, dataloader
+
+    def _connect(self, model: nn.Module) -> None:
+        """Let the wrapper meet its engine, once, before its state is loaded."""
+        engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if engine and self._connected_to is not model and (optimizer := self.extrapolated) is not None:
+            optimizer.connect(model)
+            self._connected_to = model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The stock training, also after an evaluation.
@@ -109,10 +144,10 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
                 if group.get("lr") is not None:
                     group["lr"] *= factor
         prepared = isinstance(optimizer, AcceleratedOptimizer) or self.extrapolated is not None
-        if not (prepared or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if not prepared:
             if self.args.local_steps > 1:
                 optimizer = LocalSGD(optimizer, self.args.local_steps, virtual_workers=self.args.extrap_virtual_workers)
-            self.optimizer = optimizer = Extrapolated(
+            self.optimizer = optimizer = self._client_optimizer = Extrapolated(
                 optimizer,
                 self._extrap_config,
                 virtual_workers=self.args.extrap_virtual_workers,
@@ -190,7 +225,9 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         else:
             loss = self._worker_step(model, optimizer, inputs, num_items_in_batch)
         self._micro_batch += 1
-        if optimizer.collect_statistics and self._micro_batch == len(self._step_batches):
+        # DeepSpeed has taken the step by now.
+        whole = self._micro_batch == len(self._step_batches) and not self.is_deepspeed_enabled
+        if optimizer.collect_statistics and whole:
             optimizer.observe()
         return loss
 
@@ -215,11 +252,11 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         first = self._micro_batch
         if states is not None:
             self._carried.load(states, self.args.device)
-        with optimizer.probing(worker=worker, model=model), self._probing():
+        with optimizer.probing(worker=worker, model=model) as backward, self._probing():
             for index in micro_batches:
                 self._micro_batch = index
                 with self._averaging(model, last=index == micro_batches[-1]):
-                    self._probe_pass(model, batches[index])
+                    self._probe_pass(model, batches[index], backward)
         self._micro_batch = first
         self._carried.load(current, self.args.device)
 
@@ -229,11 +266,11 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
             return self._earlier_batches, self._earlier_states
         return self._step_batches, None
 
-    def _probe_pass(self, model: nn.Module, inputs: Inputs) -> None:
+    def _probe_pass(self, model: nn.Module, inputs: Inputs, backward: Callable[[Tensor], None]) -> None:
         inputs = self._prepare_inputs(first_rows(inputs, self._extrap_config.batch_fraction))
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        self._pass_back(loss / self.current_gradient_accumulation_steps, backward)
 
     @contextmanager
     def _averaging(self, model: nn.Module, last: bool) -> Iterator[None]:

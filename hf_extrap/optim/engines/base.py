@@ -84,5 +84,10 @@ class Engine:
     def collect(self, stepped: Sequence[Tensor]) -> None:
         """Take the averaged gradient from tensors that the base optimizer is about to step (with `steps_inside`)."""
 
-    def follow(self, before: Callable[[], None], after: Callable[[bool], None]) -> None:
-        """Call these around every step of the engine; the second is told whether it was taken (with `steps_inside`)."""
+    def follow(self, before: Callable[[bool], None], after: Callable[[bool], None]) -> None:
+        """Call these around the steps of an engine that takes them itself.
+
+        Args:
+            before: of every micro-batch, told whether a step of the optimizer comes with it.
+            after: of every step with `steps_inside`, told whether it was taken.
+        """

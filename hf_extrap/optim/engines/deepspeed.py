@@ -53,6 +53,11 @@ class DeepSpeedEngine(Engine):
         loss = loss * (self.loss_scale / self._engine.gradient_accumulation_steps())
         torch.autograd.grad(loss, wanted, allow_unused=True)
 
+    def gradient_norm(self) -> float | None:
+        """See `Engine.gradient_norm`."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
     def average(self, direction: Sequence[Tensor | None]) -> None:
         """See `Engine.average`."""
         for d in direction:
@@ -60,13 +65,13 @@ class DeepSpeedEngine(Engine):
                 dist.all_reduce(d, group=self._engine.data_parallel_group)
                 d.div_(dist.get_world_size(self._engine.data_parallel_group))
 
-    def follow(self, before: Callable[[], None], after: Callable[[bool], None]) -> None:
+    def follow(self, before: Callable[[bool], None], after: Callable[[bool], None]) -> None:
         """See `Engine.follow`; the engine's `step` becomes one that does so."""
         engine, step = self._engine, self._engine.step
 
         def followed(*args: Any, **kwargs: Any) -> Any:
-            before()
             ends = engine.is_gradient_accumulation_boundary()
+            before(ends)
             result = step(*args, **kwargs)
             if ends and self.steps_inside:
                 after(engine.was_step_applied())
