@@ -53,7 +53,8 @@ class RunArguments:
     Parameters that control the run:
         task: the name of a task in `hf_extrap.tasks.TASKS`.
         evaluate_untrained: evaluate once before the first step, for the comparison at the end. Tasks that generate
-            text to be measured never do: an untrained model writes to the length limit.
+            text to be measured never do: an untrained model writes to the length limit; nor do runs under DeepSpeed
+            and FSDP, which hold the weights from the beginning of training on.
         abort_factor: end training where the loss is not finite, or this many times the first logged one after the
             warm-up; None never does.
         save_model: keep the trained model, its card and its curves, not the numbers alone.

@@ -38,7 +38,7 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
         if metrics["tokens_per_second"]
         else ["samples a second", _optional(metrics["samples_per_second"], ",.0f")],
     ]
-    if metrics["world_size"] > 1:
+    if metrics["world_size"] > 1 and metrics["ranks_identical"] is not None:
         rows.append(["processes ended with the same weights", "yes" if metrics["ranks_identical"] else "NO"])
     folder = Path(output_dir)
     console.print(make_table(None, ["", ""], rows, header=False))

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import wait_for_everyone
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_extrap.configuration import Configuration
 from hf_extrap.figures import draw_curves
@@ -58,6 +66,7 @@ def run(
     if first and not (folder.path / "run.json").exists():
         folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
 
+    _join_deepspeed(arguments)
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     recorder = RunRecorder(folder)
@@ -75,7 +84,9 @@ def run(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - began
     model = trainer.accelerator.unwrap_model(trainer.model)
-    identical = replicas_agree(model) and recorder.replicas_identical
+    identical = replicas_agree(model)
+    if identical is not None:
+        identical &= recorder.replicas_identical
     diverged_at = stopper.step if stopper else None
     validation: dict[str, Any] = {}
     test = None
@@ -123,9 +134,18 @@ def run(
         # Last: its presence says that the run is finished.
         folder.write_metrics(metrics)
     wait_for_everyone()
-    if not identical:
+    if identical is False:
         raise RuntimeError(f"the processes ended with different parameters; see ranks_identical in {folder.path}.")
     return metrics
+
+
+def _join_deepspeed(arguments: TrainingArguments) -> None:
+    """Let DeepSpeed find the processes: stage 3 counts them where the model is made, before the Trainer is."""
+    if arguments.deepspeed is not None and arguments.world_size > 1:
+        import deepspeed
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
 def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
@@ -170,6 +190,9 @@ def _evaluate_untrained(
     if resumed:
         return folder.read_configuration().get("untrained")
     if not configuration.run.evaluate_untrained or getattr(arguments, "predict_with_generate", False):
+        return None
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        # They hold the weights from the beginning of training on.
         return None
     found = trainer.evaluate(metric_key_prefix="untrained")
     # The evaluation drew random numbers: training starts from the seed whether or not there was one.

@@ -238,3 +238,46 @@ def test_replicas_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_error_in_two_processes_is_told_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
     shown = launch("-m", "hf_extrap", "train", tiny_translation, "--extrap", "bogus", processes=2, expect=1)
     assert shown.count("hf-extrap: error: extrap preset is 'bogus'") == 1
+
+
+DEEPSPEED_ON_CPU = """
+import os
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed.ops
+# Its own extension for shared memory would have to be compiled first.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from hf_extrap.cli import main
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "preset"), [(2, "extrap-past"), (3, "optimistic")])
+def test_deepspeed_trains_the_same_model(
+    tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str], stage: int, preset: str
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    zero = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    words = ("--extrap", preset, "--dropout", "0")
+    (tmp_path / "deepspeed_on_cpu.py").write_text(DEEPSPEED_ON_CPU)
+    launch(
+        tmp_path / "deepspeed_on_cpu.py",
+        *("train", tiny_language_model, *words, "--output_dir", tmp_path / "zero"),
+        *("--deepspeed", tmp_path / "zero.json"),
+        processes=2,
+    )
+    metrics = json.loads((tmp_path / "zero/metrics.json").read_text())
+    assert (metrics["world_size"], metrics["optimizer"]) == (2, "SGD")
+    assert metrics["ranks_identical"] is (True if stage == 2 else None)
+    words = (*words, "--extrap_virtual_workers", "2", "--per_device_eval_batch_size", "8")
+    virtual = train(tiny_language_model, tmp_path / "virtual", *words)
+    assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=1e-5)
+    assert virtual["facts"] == metrics["facts"]

@@ -100,6 +100,11 @@ class Task(Protocol):
         ...
 
 
+def parameter_count(model: torch.nn.Module) -> int:
+    """The parameters of a model, those that ZeRO-3 has cut up among the processes included."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
 def load_splits(
     arguments: DataArguments,
     *,

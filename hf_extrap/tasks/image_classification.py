@@ -13,7 +13,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_extrap.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 from hf_extrap.tasks.augmentation import Augmentation
-from hf_extrap.tasks.base import DataArguments, PreparedTask, load_splits
+from hf_extrap.tasks.base import DataArguments, PreparedTask, load_splits, parameter_count
 from hf_extrap.tasks.images import Pictures, builtin_digits, collate, decoded, random_rows, stratified_cut
 
 
@@ -127,7 +127,7 @@ class ImageClassificationTask:
                 "classes": len(names),
                 "random_crop": augmentation.crop if augmentation else 0,
                 "random_flip": augmentation.flip if augmentation else False,
-                "parameters": model.num_parameters(),
+                "parameters": parameter_count(model),
             },
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ from transformers import (
 
 import hf_extrap.models  # noqa: F401  (makes the Auto classes know `extrap_lstm`)
 from hf_extrap.models.vocabulary_head import IGNORED, VocabularyHead
-from hf_extrap.tasks.base import DataArguments, PreparedTask, load_splits
+from hf_extrap.tasks.base import DataArguments, PreparedTask, load_splits, parameter_count
 from hf_extrap.tasks.streams import StreamDataset
 from hf_extrap.tasks.text import builtin_text, token_streams
 
@@ -129,7 +130,7 @@ class LanguageModelingTask:
                 "dataset": Path(arguments.data_dir).name if arguments.data_dir else arguments.dataset,
                 "language": "en" if arguments.data_dir is None and arguments.dataset == "builtin" else None,
                 "vocabulary_size": len(tokenizer),
-                "parameters": model.num_parameters(),
+                "parameters": parameter_count(model),
                 "streams": train.streams,
                 "seq_len": arguments.seq_len,
                 **{f"{name}_tokens": len(stream) - 1 for name, stream in ids.items()},
@@ -236,7 +237,17 @@ def _check_order(
 def set_unigram_bias(head: VocabularyHead, ids: np.ndarray) -> None:
     """Set the output bias to log((count + 1/2) / total), so that training starts at the unigram model."""
     counts = torch.bincount(torch.from_numpy(ids[1:].astype(np.int64)), minlength=head.out_features).float() + 0.5
-    head.bias.copy_((counts / counts.sum()).log())
+    with _whole(head.bias):
+        head.bias.copy_((counts / counts.sum()).log())
+
+
+def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """To write a parameter that ZeRO-3 has cut up already: every process writes the same."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def sum_token_losses(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

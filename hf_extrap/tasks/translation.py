@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_extrap.tasks.base import DataArguments, PreparedTask, cached_folder, content_fingerprint
+from hf_extrap.tasks.base import DataArguments, PreparedTask, cached_folder, content_fingerprint, parameter_count
 from hf_extrap.tasks.bleu import TranslationMetrics, bleu_signature
 from hf_extrap.tasks.pairs import sentence_pairs
 from hf_extrap.tasks.subwords import train_bpe
@@ -160,7 +160,7 @@ class TranslationTask:
                 "source_lang": arguments.source_lang,
                 "target_lang": arguments.target_lang,
                 "vocabulary_size": len(tokenizer),
-                "parameters": model.num_parameters(),
+                "parameters": parameter_count(model),
                 **{f"{name}_pairs": len(encoded[name]) for name in encoded},
                 **counts,
                 "batches_per_epoch": len(train),

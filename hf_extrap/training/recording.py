@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_extrap.figures import spoken
@@ -24,8 +25,10 @@ def parameter_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def replicas_agree(model: nn.Module) -> bool:
-    """Whether all processes hold bit-identical parameters; a collective call."""
+def replicas_agree(model: nn.Module) -> bool | None:
+    """Whether all processes hold bit-identical parameters, None where each holds a part of them; a collective call."""
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+        return None
     return len(set(gather_object([parameter_checksum(model)]))) == 1
 
 
@@ -75,7 +78,7 @@ class RunRecorder(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.replicas_identical &= replicas_agree(kwargs["model"])
+        self.replicas_identical &= replicas_agree(kwargs["model"]) is not False
 
 
 class ConciseProgress(ProgressCallback):
