@@ -279,5 +279,7 @@ def test_deepspeed_trains_the_same_model(
     assert metrics["ranks_identical"] is (True if stage == 2 else None)
     words = (*words, "--extrap_virtual_workers", "2", "--per_device_eval_batch_size", "8")
     virtual = train(tiny_language_model, tmp_path / "virtual", *words)
-    assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=1e-5)
+    # Stage 3 draws the weights where they are cut up, from other random numbers.
+    tolerance = 1e-5 if stage == 2 else 0.05
+    assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=tolerance)
     assert virtual["facts"] == metrics["facts"]
