@@ -42,7 +42,10 @@ class GradientCapture:
                 known[1].remove()
                 del self._handles[index]
             if param.requires_grad:
-                self._handles[index] = (weakref.ref(param), param.register_hook(_hook(weakref.ref(self), index)))
+                self._handles[index] = (weakref.ref(param), self._listen(param, index))
+
+    def _listen(self, param: Tensor, index: int) -> RemovableHandle:
+        return param.register_hook(_hook(weakref.ref(self), index))
 
     def into(
         self, buffers: list[Tensor | None] | None, filled: set[int], scale: float, dtype: torch.dtype | None

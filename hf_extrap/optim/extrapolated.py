@@ -21,10 +21,9 @@ from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import last_update, noise
 from .displacement import displace_, norms, scale_direction, total_norm
-from .engines import Engine, engine_of
+from .engines import Engine, engine_of, has_replicas
 from .memory import Buffers, DirectionMemory, is_finite
 from .preconditioner import adam_preconditioner
-from .processes import rank_and_world_size
 from .statistics import StepStatistics, clipping_factor, cosine
 from .step_size import StepSize
 from .wrapper import OptimizerWrapper
@@ -75,6 +74,8 @@ class Extrapolated(OptimizerWrapper):
     Source: Lin, Kong, Stich, Jaggi, "Extrapolation for Large-batch Training in Deep Learning", ICML 2020.
     """
 
+    _capture: GradientCapture
+
     def __init__(
         self,
         base: Optimizer,
@@ -122,6 +123,7 @@ class Extrapolated(OptimizerWrapper):
         self._engine = engine_of(model, self.base)
         self._given = []
         self._start()
+        self._capture = self._engine.capture()
         self._check_scope()
         self._engine.follow(self._before_engine_step, self._after_engine_step)
         # Some engines take a step without gradients when they start.
@@ -541,7 +543,7 @@ class Extrapolated(OptimizerWrapper):
 
     def _worker_number(self, key: int) -> int:
         """The number of this process's worker among those of all processes; 0 for all in global scope."""
-        rank, world_size = rank_and_world_size()
+        rank, world_size = self._engine.worker()
         return key * world_size + rank if self.config.is_local else 0
 
     def _select(self, worker: int | None) -> int:
@@ -605,10 +607,13 @@ class Extrapolated(OptimizerWrapper):
         sharded = self._engine.is_sharded or any(
             isinstance(p, DTensor) or type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id") for p in self._params()
         )
-        if sharded and self.config.is_local and self.config.direction != "none":
+        # Before connect, sharded parameters of several replicas may yet turn out to be HSDP's.
+        has_own = self._engine.has_local_gradients or (type(self._engine) is Engine and has_replicas(self.base))
+        if sharded and not has_own and self.config.is_local and self.config.direction != "none":
             raise ValueError(
                 "scope is 'local', but the parameters are sharded (FSDP or ZeRO-3), so that no worker has its own y; "
-                "allowed: scope 'global' (extragradient, optimistic, past-update, noise), or unsharded weights."
+                "allowed: scope 'global' (extragradient, optimistic, past-update, noise), fully_shard over a mesh of "
+                "replicas and shards (HSDP), or unsharded weights."
             )
         if self._engine.is_sharded and self.config.scaling == "filter" and "stage 3" in self._engine.name:
             raise ValueError("scaling is 'filter', but ZeRO-3 cuts through filters; allowed: layer, or another engine.")

@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from .base import Engine
 from .fsdp import FSDPEngine, is_sharded
+from .hsdp import HSDPEngine, has_replicas
 
 
 def engine_of(model: nn.Module, base: Optimizer) -> Engine:
@@ -24,8 +25,8 @@ def engine_of(model: nn.Module, base: Optimizer) -> Engine:
 
         return deepspeed_engine(model, base)
     if is_sharded(model):
-        return FSDPEngine(model, base)
+        return HSDPEngine(model, base) if has_replicas(base) else FSDPEngine(model, base)
     return Engine(base)
 
 
-__all__ = ["Engine", "engine_of"]
+__all__ = ["Engine", "engine_of", "has_replicas"]

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..capture import GradientCapture
 from ..memory import Buffers
+from ..processes import rank_and_world_size
 
 
 class Engine:
@@ -25,12 +27,14 @@ class Engine:
             the parameters itself.
         loss_scale: what the engine itself multiplies the loss by, in float16.
         probes_by_hooks: whether a fresh direction is what the hooks on the leaves see, with no `.grad` written.
+        has_local_gradients: whether a worker has a y and a gradient of its own although its parameters are sharded.
     """
 
     name = "one process or DDP"
     is_sharded = False
     steps_inside = False
     probes_by_hooks = False
+    has_local_gradients = False
 
     @property
     def loss_scale(self) -> float:
@@ -51,6 +55,14 @@ class Engine:
     def leaves(self) -> list[Tensor]:
         """The tensors of the graph that `params` stand for, in the same order."""
         return self.params()
+
+    def capture(self) -> GradientCapture:
+        """Something that sees the gradients of this engine's workers."""
+        return GradientCapture()
+
+    def worker(self) -> tuple[int, int]:
+        """The number of the worker that this process is, or is a part of, and how many there are."""
+        return rank_and_world_size()
 
     def gradients(self) -> Buffers:
         """The averaged gradient that this step's base optimizer takes."""
