@@ -36,8 +36,12 @@ class BaseIterate:
         """Copy these parameters, which are at rest, and note that they are about to hold the y of worker `at`."""
         self.keep(params, indices)
         self.moved, self.at = indices, at
+        # Within one autocast context a second forward pass would take the casts of the first one's weights.
+        torch.clear_autocast_cache()
 
     def restore(self, params: Sequence[Tensor]) -> None:
         """Put x back, bit for bit; nothing happens at rest."""
+        if self.moved:
+            torch.clear_autocast_cache()
         copy_([params[i] for i in self.moved], [self.kept[i] for i in self.moved])
         self.moved, self.at = [], None
