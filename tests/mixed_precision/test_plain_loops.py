@@ -1,0 +1,84 @@
+"""In every precision a plain loop trains, and its passes are at the y that was asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from measuring import PRESETS, SHORT, assert_displacements, assert_gradient_at
+from modes import MODES, Trained, train
+from tiny_trainer import gpt2
+
+RUNS = [(mode, preset) for mode in MODES for preset in PRESETS]
+IDS = [f"{mode}, {preset}" for mode, preset in RUNS]
+
+
+@cache
+def run(mode: str, preset: str, overflow_at: int | None = None) -> Trained:
+    if "LoRA" in mode:
+        pytest.importorskip("peft")
+    return train(MODES[mode], PRESETS[preset], overflow_at=overflow_at)
+
+
+@pytest.mark.parametrize(("mode", "preset"), RUNS, ids=IDS)
+def test_the_loss_falls(mode: str, preset: str) -> None:
+    trained = run(mode, preset)
+    first, last = trained.losses
+    # Small adapters have little say.
+    assert last < first - (0.04 if "LoRA" in mode else 0.5)
+    assert trained.optimizer.step_count == 8 and trained.optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize(("mode", "preset"), RUNS, ids=IDS)
+def test_the_displacement_in_effect_is_the_one_asked_for(mode: str, preset: str) -> None:
+    assert_displacements(run(mode, preset).steps, PRESETS[preset])
+
+
+@pytest.mark.parametrize("preset", SHORT)
+def test_a_displacement_below_the_last_place_of_bf16_is_in_effect(preset: str) -> None:
+    trained = train(MODES["bf16 parameters"], SHORT[preset], steps=30)
+    unseen = assert_displacements(trained.steps, SHORT[preset])
+    kept = total = 0.0
+    for step in trained.steps:
+        for x, move in zip(step.x, step.asked(SHORT[preset]), strict=True):
+            nearest = (x.double() + move).bfloat16().double() - x.double()
+            kept += float((nearest * move).sum())
+            total += float(move.square().sum())
+    assert 1 - kept / total > unseen + 1e-3
+
+
+@pytest.mark.parametrize(("mode", "preset"), RUNS, ids=IDS)
+def test_loss_and_gradient_are_those_of_y(mode: str, preset: str) -> None:
+    """No stale cast of x, and nothing computed again after the way back."""
+    trained = run(mode, preset)
+    for step in trained.steps:
+        for seen in step.passes:
+            assert_gradient_at(seen, trained.clean, step.scale, 1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_overflow_in_fp16_is_skipped_and_x_put_back(preset: str) -> None:
+    """At a scale of 2⁶⁰ no half-precision gradient is finite; after it the scheme goes on, from the past cold."""
+    trained, config = run("fp16 and GradScaler", preset, overflow_at=4), PRESETS[preset]
+    bad, after = trained.steps[4:6]
+    assert not all(torch.isfinite(g).all() for g in bad.y.gradient.values())
+    assert trained.optimizer.skipped_steps == 1 and trained.optimizer.step_count == 7
+    assert bad.scale == 2.0**60 and after.scale == 2.0**10
+    assert all(torch.equal(p, q) for p, q in zip(bad.x, after.x, strict=True))
+    away = [any(not torch.equal(p, q) for p, q in zip(s.x, s.y.at, strict=True)) for s in trained.steps]
+    assert away == [not config.is_past and preset != "extrap", True, True, True, True, not config.is_past, True, True]
+    assert_displacements(trained.steps[:4], config)
+    assert_displacements(trained.steps[6:], config)
+    assert trained.losses[1] < trained.losses[0] - 0.5
+
+
+@pytest.mark.parametrize("mode", ["LoRA", "LoRA on a bf16 model"])
+def test_the_frozen_base_of_adapters_never_moves(mode: str) -> None:
+    trained = run(mode, "extrap-past")
+    kept = {name.replace("base_layer.", ""): p for name, p in trained.model.base_model.model.named_parameters()}
+    base = [(name, p) for name, p in gpt2().named_parameters()]
+    assert len(base) == 16
+    for name, p in base:
+        assert torch.equal(kept[name], p.to(kept[name].dtype)), name
+    assert all("lora" in name for name, p in trained.model.named_parameters() if p.requires_grad)
