@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,9 @@ from torch.optim import Optimizer
 
 from ..memory import Buffers
 from .base import Engine
+
+_AT_REST = ("save_checkpoint", "save_16bit_model", "load_checkpoint")
+"""Methods of DeepSpeed's that read or write the weights, and may be called in the middle of a step."""
 
 
 class DeepSpeedEngine(Engine):
@@ -27,6 +33,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, engine: Any, base: Optimizer) -> None:
         super().__init__(base)
         self._engine = engine
+        self._options = list(base.param_groups)
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
@@ -66,18 +73,46 @@ class DeepSpeedEngine(Engine):
                 d.div_(dist.get_world_size(self._engine.data_parallel_group))
 
     def follow(self, before: Callable[[bool], None], after: Callable[[bool], None]) -> None:
-        """See `Engine.follow`; the engine's `step` becomes one that does so."""
-        engine, step = self._engine, self._engine.step
+        """See `Engine.follow`; the engine's `step` becomes one that does so, and what saves and loads starts at x."""
+        engine = self._engine
 
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            ends = engine.is_gradient_accumulation_boundary()
+        def followed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            ends = engine.is_gradient_accumulation_boundary() or not engine.managed_gradient_accumulation()
             before(ends)
-            result = step(*args, **kwargs)
-            if ends and self.steps_inside:
+            if not (ends and self.steps_inside):
+                return step(*args, **kwargs)
+            with self._options_of_this_step():
+                result = step(*args, **kwargs)
                 after(engine.was_step_applied())
             return result
 
-        engine.step = followed
+        def at_rest(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            before(False)
+            return method(*args, **kwargs)
+
+        _put_around(engine, "step", followed)
+        for name in _AT_REST:
+            _put_around(engine, name, at_rest)
+
+    @contextmanager
+    def _options_of_this_step(self) -> Iterator[None]:
+        """Keep the options that the base optimizer steps with: DeepSpeed's step ends with that of the scheduler."""
+        options = self._options
+        self._options = [{name: deepcopy(v) for name, v in group.items() if name != "params"} for group in options]
+        try:
+            yield
+        finally:
+            self._options = options
+
+
+class _Around(partial[Any]):
+    """A function called with a method of DeepSpeed's, in the place of that method."""
+
+
+def _put_around(engine: Any, name: str, function: Callable[..., Any]) -> None:
+    method = getattr(engine, name)
+    # A second connect takes the place of the first.
+    setattr(engine, name, _Around(function, method.args[0] if isinstance(method, _Around) else method))
 
 
 class FlatDeepSpeedEngine(DeepSpeedEngine):
@@ -92,14 +127,15 @@ class FlatDeepSpeedEngine(DeepSpeedEngine):
 
     def __init__(self, engine: Any, base: Optimizer) -> None:
         super().__init__(engine, base)
-        self._options = list(base.param_groups)
-        self._weights, self._flat = _layout(engine.optimizer)
+        self._weights, self._copies = _layout(engine.optimizer)
         self._gradient: dict[Tensor, Tensor] = {}
 
     @property
     def loss_scale(self) -> float:
         """See `Engine.loss_scale`."""
-        return float(self._engine.optimizer.loss_scale)
+        optimizer = self._engine.optimizer
+        # DeepSpeed scales the loss of these optimizers alone.
+        return float(getattr(optimizer, "loss_scale", 1)) if hasattr(optimizer, "scale_if_loss") else 1.0
 
     def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """See `Engine.groups`."""
@@ -113,28 +149,57 @@ class FlatDeepSpeedEngine(DeepSpeedEngine):
     def collect(self, stepped: Sequence[Tensor]) -> None:
         """See `Engine.collect`."""
         group = self._engine.data_parallel_group
-        for index, part in enumerate(self._flat):
-            if part.grad is None or not any(part is tensor for tensor in stepped):
+        for copy in self._copies:
+            if copy.stepped.grad is None or not any(copy.stepped is tensor for tensor in stepped):
                 continue
-            weights = self._weights[index]
-            grad = part.grad.to(weights[0].device)
-            if part.numel() < sum(p.numel() for p in weights):
-                whole = grad.new_empty(part.numel() * dist.get_world_size(group))
+            grad = copy.stepped.grad.to(copy.weights[0].device).flatten()
+            if copy.is_partitioned:
+                whole = grad.new_empty(grad.numel() * dist.get_world_size(group))
                 dist.all_gather_into_tensor(whole, grad.contiguous(), group=group)
                 grad = whole
-            pieces = torch.split(grad[: sum(p.numel() for p in weights)], [p.numel() for p in weights])
-            self._gradient |= {p: piece.view_as(p) for p, piece in zip(weights, pieces, strict=True)}
+            start = 0
+            for p, size in zip(copy.weights, copy.sizes, strict=True):
+                self._gradient[p] = grad[start : start + p.numel()].view_as(p).clone()
+                start += size
 
 
-def _layout(optimizer: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """The weights of each group in the order of its flat copy, and the part of it that this process steps."""
-    for weights, parts in (
-        ("round_robin_bit16_groups", "single_partition_of_fp32_groups"),
-        ("bf16_groups", "fp32_groups_flat_partition"),
-        ("fp16_groups", "fp32_groups_flat"),
+@dataclass(frozen=True)
+class _Copy:
+    """A tensor that the base optimizer steps, and the weights that DeepSpeed overwrites with it.
+
+    Attributes:
+        weights: in the order in which the tensor holds them.
+        sizes: elements that the tensor, of all processes together, has for each weight, with padding.
+        stepped: the tensor.
+        is_partitioned: whether it is this process's part of them.
+    """
+
+    weights: list[Tensor]
+    sizes: list[int]
+    stepped: Tensor
+    is_partitioned: bool
+
+
+def _layout(optimizer: Any) -> tuple[list[list[Tensor]], list[_Copy]]:
+    """The weights of each group, and the copies of them that are stepped."""
+    for weights, stepped, is_partitioned in (
+        ("round_robin_bit16_groups", "single_partition_of_fp32_groups", True),
+        ("bf16_groups", "fp32_groups_flat_partition", True),
+        ("fp16_groups", "fp32_groups_flat", False),
+        ("fp16_groups", "fp32_groups", False),
     ):
-        if hasattr(optimizer, weights) and hasattr(optimizer, parts):
-            return [list(group) for group in getattr(optimizer, weights)], list(getattr(optimizer, parts))
+        if not hasattr(optimizer, weights) or not hasattr(optimizer, stepped):
+            continue
+        groups: list[list[Tensor]] = [list(group) for group in getattr(optimizer, weights)]
+        padding = getattr(optimizer, "round_robin_bit16_padding", [[0] * len(group) for group in groups])
+        copies = []
+        for group, copy, padded in zip(groups, getattr(optimizer, stepped), padding, strict=True):
+            sizes = [p.numel() + more for p, more in zip(group, padded, strict=True)]
+            if isinstance(copy, Tensor):
+                copies.append(_Copy(group, sizes, copy, is_partitioned))
+            else:
+                copies += [_Copy([p], [p.numel()], c, is_partitioned) for p, c in zip(group, copy, strict=True)]
+        return groups, copies
     raise ValueError(
         f"the engine is DeepSpeed with a {type(optimizer).__name__}, whose weights are not found; allowed: ZeRO stages "
         "0 to 3 in float32, bfloat16 or float16."

@@ -26,12 +26,16 @@ class ZeRO3Engine(DeepSpeedEngine):
 
     def __init__(self, engine: Any, base: Optimizer) -> None:
         super().__init__(engine, base)
-        self._options = list(base.param_groups)
         zero = engine.optimizer
         if any(flat is None for flat in zero.fp16_partitioned_groups_flat):
             raise ValueError(
                 "the engine is DeepSpeed, stage 3, with weights swapped to disk, where extrapolation cannot reach "
                 "them; allowed: offload_param to the device none or cpu."
+            )
+        if getattr(zero, "backup_optimizer", None) is not None:
+            raise ValueError(
+                "the engine is DeepSpeed, stage 3, with an offload_optimizer ratio below 1, where an AdamW of its own "
+                "steps a share of the weights; allowed: ratio 1."
             )
         self._zero = zero
         group = engine.data_parallel_group
