@@ -33,7 +33,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, engine: Any, base: Optimizer) -> None:
         super().__init__(base)
         self._engine = engine
-        self._options = list(base.param_groups)
+        self._stepped_with: list[dict[str, Any]] | None = None
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
@@ -94,15 +94,20 @@ class DeepSpeedEngine(Engine):
         for name in _AT_REST:
             _put_around(engine, name, at_rest)
 
+    @property
+    def _options(self) -> list[dict[str, Any]]:
+        """Of each group; loading a state puts other dictionaries in their place."""
+        return self._base.param_groups if self._stepped_with is None else self._stepped_with
+
     @contextmanager
     def _options_of_this_step(self) -> Iterator[None]:
         """Keep the options that the base optimizer steps with: DeepSpeed's step ends with that of the scheduler."""
-        options = self._options
-        self._options = [{name: deepcopy(v) for name, v in group.items() if name != "params"} for group in options]
+        groups = self._base.param_groups
+        self._stepped_with = [{name: deepcopy(v) for name, v in group.items() if name != "params"} for group in groups]
         try:
             yield
         finally:
-            self._options = options
+            self._stepped_with = None
 
 
 class _Around(partial[Any]):
