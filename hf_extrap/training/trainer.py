@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
@@ -97,6 +98,16 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         refuse(
             field,
             {
+                f"fsdp is {self.args.fsdp!r}, but accelerate runs {self.accelerator.distributed_type.value}": bool(
+                    self.args.fsdp
+                )
+                and not self.is_fsdp_enabled
+            },
+            "fsdp with two or more GPUs, or no fsdp",
+        )
+        refuse(
+            field,
+            {
                 "the engine is FSDP of version 1": self.is_fsdp_enabled
                 and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2
             },
@@ -118,6 +129,11 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
 
     def _connect(self, model: nn.Module) -> None:
         """Let the wrapper meet its engine, once, before its state is loaded."""
+        if self.is_deepspeed_enabled and not hasattr(model, "zero_optimization_stage"):
+            raise ValueError(
+                f"deepspeed is given, but the model is a {type(model).__name__}: accelerate has fallen back to another "
+                "engine; allowed on the CPU: DS_ACCELERATOR=cpu, without ACCELERATE_USE_CPU."
+            )
         engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if engine and self._connected_to is not model and (optimizer := self.extrapolated) is not None:
             optimizer.connect(model)
@@ -255,7 +271,7 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         with optimizer.probing(worker=worker, model=model) as backward, self._probing():
             for index in micro_batches:
                 self._micro_batch = index
-                with self._averaging(model, last=index == micro_batches[-1]):
+                with self._averaging(model, index == micro_batches[-1], first == len(self._step_batches) - 1):
                     self._probe_pass(model, batches[index], backward)
         self._micro_batch = first
         self._carried.load(current, self.args.device)
@@ -273,8 +289,13 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         self._pass_back(loss / self.current_gradient_accumulation_steps, backward)
 
     @contextmanager
-    def _averaging(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Under DDP, average the gradients of a global direction once, with its last pass."""
+    def _averaging(self, model: nn.Module, last: bool, step_averages: bool) -> Iterator[None]:
+        """Average a global direction with the last of its passes, and then again as the step wants it."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+            yield
+            model.set_requires_gradient_sync(step_averages)
+            return
         if self._extrap_config.scope == "local" or not isinstance(model, DistributedDataParallel):
             yield
             return

@@ -1,4 +1,4 @@
-"""The Trainer under DeepSpeed in two processes: virtual workers in one, resumes to the bit, evaluations, refusals."""
+"""The Trainer under DeepSpeed and FSDP2 in two processes: virtual workers in one, resumes to the bit, refusals."""
 
 from __future__ import annotations
 
@@ -21,32 +21,30 @@ from trainer_engine_processes import COMMON, PRESETS, RESUMED  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
-CELLS = [(stage, preset, steps) for stage, presets in PRESETS.items() for preset in presets for steps in (1, 2)]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("deepspeed")
 
 
-@pytest.fixture(scope="module", params=PRESETS, ids="stage {}".format)
+@pytest.fixture(scope="module", params=PRESETS)
 def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
-    """What the two processes saw under one stage."""
-    stage = request.param
+    """What the two processes saw under one engine."""
+    engine = request.param
     script = str(Path(__file__).parent / "trainer_engine_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [*command, str(folder / str(stage)), str(stage)],
+        [*command, str(folder / engine), engine],
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    seen = [torch.load(folder / str(stage) / f"stage_{stage}_{rank}.pt", weights_only=True) for rank in range(2)]
+    seen = [torch.load(folder / engine / f"{engine}_{rank}.pt", weights_only=True) for rank in range(2)]
     for rank in range(2):
-        seen[rank]["stage"] = stage
+        seen[rank]["engine"] = engine
     return seen
 
 
@@ -72,7 +70,7 @@ def test_replicas_end_bit_identical(ranks: list[dict[str, Any]]) -> None:
 def test_two_processes_are_two_virtual_workers(
     ranks: list[dict[str, Any]], alone: dict[str, tuple[torch.Tensor, list[dict[str, Any]]]]
 ) -> None:
-    for preset in PRESETS[ranks[0]["stage"]]:
+    for preset in PRESETS[ranks[0]["engine"]]:
         for steps in (1, 2):
             name = f"{preset} {steps}"
             expected, rows = alone[name]
@@ -83,17 +81,19 @@ def test_two_processes_are_two_virtual_workers(
             assert len(logs) == len(rows) == 6
             for row, other in zip(rows, logs, strict=True):
                 # Stage 0 in float32 does not tell the Trainer the norm.
-                norm = ["grad_norm"] if ranks[0]["stage"] else []
+                norm = ["grad_norm"] if ranks[0]["engine"] != "zero0" else []
                 for key in ("loss", *norm, "extrap/displacement_norm", "extrap/step_size"):
                     if key in row:
                         assert other[key] == pytest.approx(row[key], rel=1e-3, abs=1e-6), (name, key)
-                for key in ("extrap/gradient_noise_scale", "extrap/direction_cosine"):
+                # FSDP2 shows no single pass's gradient, which the noise scale needs.
+                scale = ["extrap/gradient_noise_scale"] if ranks[0]["engine"] != "fsdp2" else []
+                for key in (*scale, "extrap/direction_cosine"):
                     if key in row:
                         assert other[key] == pytest.approx(row[key], rel=2e-2, abs=1e-5), (name, key)
 
 
 def test_evaluations_between_steps_change_nothing(ranks: list[dict[str, Any]]) -> None:
-    assert torch.equal(ranks[0]["with evaluations"], ranks[0][f"{RESUMED[ranks[0]['stage']]} 1"])
+    assert torch.equal(ranks[0]["with evaluations"], ranks[0][f"{RESUMED[ranks[0]['engine']]} 1"])
 
 
 def test_a_killed_run_resumes_to_the_bit(ranks: list[dict[str, Any]]) -> None:
@@ -108,10 +108,12 @@ def test_rank_files_are_kept_and_rotated_with_their_checkpoints(ranks: list[dict
 
 
 def test_saved_files_hold_x(ranks: list[dict[str, Any]], folder: Path) -> None:
-    saved = GPT2LMHeadModel.from_pretrained(folder / str(ranks[0]["stage"]) / "saved")
+    saved = GPT2LMHeadModel.from_pretrained(folder / ranks[0]["engine"] / "saved")
     assert torch.equal(torch.cat([p.detach().flatten() for p in saved.parameters()]), ranks[0]["resumed"])
 
 
 def test_what_cannot_be_done_is_refused(ranks: list[dict[str, Any]]) -> None:
-    expected = "no worker has weights of its own" if ranks[0]["stage"] == 3 else "an optimizer of its own"
+    expected = (
+        "an optimizer of its own" if ranks[0]["engine"] in ("zero0", "zero2") else "no worker has weights of its own"
+    )
     assert expected in ranks[0]["refusal"] and "allowed:" in ranks[0]["refusal"]

@@ -1,7 +1,4 @@
-"""Run by torchrun: the Trainer under one stage of DeepSpeed; a process leaves stage_S_R.pt in the folder given.
-
-torchrun ... trainer_engine_processes.py FOLDER STAGE
-"""
+"""Run by torchrun as `… FOLDER zero2`: the Trainer under one engine; a process leaves ENGINE_R.pt in the folder."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -17,10 +14,13 @@ import deepspeed
 import deepspeed.ops
 import torch
 from torch import Tensor
-from transformers import Trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+from fsdp_on_cpu import force_fsdp  # noqa: E402
 from leaving import save_and_leave  # noqa: E402
 from tiny_trainer import gpt2, make, train  # noqa: E402
 
@@ -33,17 +33,15 @@ COMMON: dict[str, Any] = {
     "sgd_momentum": 0.9,
     "sgd_nesterov": True,
 }
-OWN: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 GLOBAL = ["none", "extragradient", "optimistic", "past-update"]
-PRESETS = {0: [*GLOBAL, "extrap", "extrap-past"], 2: [*GLOBAL, "extrap", "extrap-past", "sam"], 3: GLOBAL}
-RESUMED = {0: "extrap-past", 2: "extrap-past", 3: "optimistic"}
-
-
-def whole(trainer: Trainer) -> Tensor:
-    """All parameters as one vector, in every process."""
-    params = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
-    with deepspeed.zero.GatheredParameters(params):
-        return torch.cat([p.detach().flatten() for p in params])
+PRESETS = {
+    "zero0": [*GLOBAL, "extrap", "extrap-past"],
+    "zero2": [*GLOBAL, "extrap", "extrap-past", "sam"],
+    "zero3": GLOBAL,
+    "fsdp2": GLOBAL,
+}
+RESUMED = {"zero0": "extrap-past", "zero2": "extrap-past", "zero3": "optimistic", "fsdp2": "optimistic"}
+OWN: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 
 
 class Warnings(logging.Handler):
@@ -57,70 +55,91 @@ class Warnings(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def main(folder: Path, stage: int) -> None:
+class StopAfter(TrainerCallback):
+    """Ends a run early, without saving."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+        control.should_save &= state.global_step < self.step
+
+
+def main(folder: Path, engine: str) -> None:
     warnings = Warnings()
     logging.getLogger("hf_extrap").addHandler(warnings)
     seen: dict[str, Any] = {}
-    engine = {"deepspeed": configuration(stage)}
-    for preset in PRESETS[stage]:
+    fields = fsdp() if engine == "fsdp2" else {"deepspeed": zero(engine)}
+    for preset in PRESETS[engine]:
         for steps in (1, 2):
-            trainer = train(folder / "equivalent", extrap=preset, extrap_virtual_workers=steps, **engine, **COMMON)
-            assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine" and trainer.args.world_size == 2
-            assert trainer.model_wrapped.zero_optimization_stage() == stage
+            trainer = train(folder / "equivalent", extrap=preset, extrap_virtual_workers=steps, **fields, **COMMON)
+            check(trainer, engine)
             seen[f"{preset} {steps}"] = whole(trainer)
             seen[f"{preset} {steps} logs"] = [row for row in trainer.state.log_history if "loss" in row]
-    preset = RESUMED[stage]
-    fields = {"extrap": preset, "eval_strategy": "steps", "eval_steps": 2, **engine, **COMMON}
-    seen["with evaluations"] = whole(train(folder / "busy", **fields))
+    evaluated = {"extrap": RESUMED[engine], "eval_strategy": "steps", "eval_steps": 2, **fields, **COMMON}
+    seen["with evaluations"] = whole(train(folder / "busy", **evaluated))
     warnings.texts.clear()
-    saving = {**fields, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-    uninterrupted = train(folder / "whole", model=gpt2(dropout=0.1), **saving)
-    seen["whole"] = whole(uninterrupted)
+    saving = {**evaluated, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    seen["whole"] = whole(train(folder / "whole", model=gpt2(dropout=0.1), **saving))
     seen["checkpoints"] = sorted(path.name for path in (folder / "whole").glob("checkpoint-*"))
-    # Killed after step 3, one past its last checkpoint.
-    killed = make(folder / "killed", model=gpt2(dropout=0.1), **saving)
-    stop_after(killed, 3)
-    killed.train()
+    seen["files"] = sorted(path.name for path in (folder / "whole" / "checkpoint-6").glob("extrap_rank_*"))
+    # Killed one step after its last checkpoint.
+    train(folder / "killed", model=gpt2(dropout=0.1), callbacks=[StopAfter(3)], **saving)
     resumed = train(folder / "killed", model=gpt2(dropout=0.1), resume=True, **saving)
     seen["resumed"] = whole(resumed)
-    seen["files"] = sorted(path.name for path in (folder / "whole" / "checkpoint-6").glob("extrap_rank_*"))
     seen["warnings"] = list(warnings.texts)
     resumed.save_model(str(folder / "saved"))
-    if stage != 3:
-        try:
-            make(folder / "refused", extrap="extrap", deepspeed={**configuration(stage), **OWN}, **COMMON)
-        except ValueError as error:
-            seen["refusal"] = str(error)
+    refused = {"extrap": "extrap", **fields, **COMMON}
+    if engine in ("zero0", "zero2"):
+        refused["deepspeed"] = {**zero(engine), **OWN}
+    try:
+        make(folder / "refused", **refused)
+    except ValueError as error:
+        seen["refusal"] = str(error)
+    save_and_leave(seen, folder, engine)
+
+
+def check(trainer: Trainer, engine: str) -> None:
+    """The engine that was asked for, and not what it silently falls back to."""
+    assert trainer.args.world_size == 2
+    if engine == "fsdp2":
+        assert isinstance(trainer.model_wrapped, FSDPModule)
     else:
-        try:
-            make(folder / "refused", extrap="extrap-past", **engine, **COMMON)
-        except ValueError as error:
-            seen["refusal"] = str(error)
-    save_and_leave(seen, folder, f"stage_{stage}")
+        assert isinstance(trainer.model_wrapped, deepspeed.DeepSpeedEngine)
+        assert f"zero{trainer.model_wrapped.zero_optimization_stage()}" == engine
 
 
-def configuration(stage: int) -> dict[str, Any]:
+def zero(engine: str) -> dict[str, Any]:
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": int(engine[-1]), "stage3_gather_16bit_weights_on_model_save": True},
     }
 
 
-def stop_after(trainer: Trainer, step: int) -> None:
-    """End a run early, without saving."""
-    from transformers import TrainerCallback
+def fsdp() -> dict[str, Any]:
+    force_fsdp()
+    wrapped = {"transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": "FULL_STATE_DICT"}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, **wrapped}}
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = state.global_step >= step
-            control.should_save &= state.global_step < step
 
-    trainer.add_callback(Stop())
+def whole(trainer: Trainer) -> Tensor:
+    """All parameters as one vector, in every process."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # After a pass without backward the root keeps its parameters gathered.
+            module.reshard()
+    params = list(model.parameters())
+    if isinstance(params[0], DTensor):
+        return torch.cat([cast(DTensor, p).detach().full_tensor().flatten() for p in params])
+    with deepspeed.zero.GatheredParameters(params):
+        return torch.cat([p.detach().flatten() for p in params])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2])
