@@ -24,7 +24,7 @@ from .displacement import displace_, norms, scale_direction, total_norm
 from .engines import Engine, engine_of, has_replicas
 from .memory import Buffers, DirectionMemory, is_finite
 from .preconditioner import adam_preconditioner
-from .statistics import StepStatistics, clipping_factor, cosine
+from .statistics import StepStatistics, clipping_factor, cosine, shrinking
 from .step_size import StepSize
 from .wrapper import OptimizerWrapper
 
@@ -240,7 +240,8 @@ class Extrapolated(OptimizerWrapper):
         self._sizes.follow([options for options, _ in self._engine.groups()])
         if self._first_scale is None:
             self._first_scale = self._grad_scale()
-        if self.config.captures(self.step_count) or self._measures:
+        # An engine that clips by itself tells by how much.
+        if self.config.captures(self.step_count) or (self._measures and not self._engine.steps_inside):
             buffers, filled = self._memory.start_capture(key, len(self._params()))
             unscale = self._unscale() if self.config.is_local else 1 / self._grad_scale()
             self._capture.into(buffers, filled, unscale, self._memory.dtype)
@@ -470,7 +471,7 @@ class Extrapolated(OptimizerWrapper):
             return
         self._observed = True
         if self._measures and not self.config.is_local and 0 in self._probed:
-            factor = clipping_factor(gradients, self._memory.captured_of(0)) if clipped else 1.0
+            factor = self._clipping_factor(gradients) if clipped else 1.0
             self._measure(0, [g if g is None else g / factor for g in gradients])
         if not self.collect_statistics:
             return
@@ -484,6 +485,13 @@ class Extrapolated(OptimizerWrapper):
             self._noted.replace("pass_square", *(square * factor for square in passes))
             self._noted.replace("passes", torch.tensor(float(len(passes))))
         self._noted.replace("direction_cosine", *(cosine(d, gradients) for d in self._directions_at_hand() if d))
+
+    def _clipping_factor(self, gradients: Buffers) -> float | Tensor:
+        """What clipping has multiplied the averaged gradient by."""
+        if not self._engine.steps_inside:
+            return clipping_factor(gradients, self._memory.captured_of(0))
+        norm = self._engine.gradient_norm()
+        return shrinking(total_norm([g for g in gradients if g is not None]), norm) if norm else 1.0
 
     def _directions_at_hand(self) -> list[Buffers]:
         """The directions of this step, or, from the past, the local gradients that will be the next one's."""

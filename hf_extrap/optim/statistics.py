@@ -59,6 +59,12 @@ def clipping_factor(averaged: Sequence[Tensor | None], local: Sequence[Tensor | 
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(product)
         product /= dist.get_world_size()
-    factor = square / torch.where(product == 0, torch.ones_like(product), product)
-    # What is so near to 1 is rounding, and the small change of the gradient would not bear it.
-    return torch.where(((factor - 1).abs() < 1e-4) | (product == 0), torch.ones_like(factor), factor)
+    return shrinking(square, product)
+
+
+def shrinking(after: Tensor, before: Tensor | float) -> Tensor:
+    """after / before; 1 for nothing, and for what is so near to 1 that it is rounding, which small changes of the
+    gradient would not bear."""
+    before = torch.as_tensor(before).to(after)
+    factor = after / torch.where(before == 0, torch.ones_like(before), before)
+    return torch.where(((factor - 1).abs() < 1e-4) | (before == 0), torch.ones_like(factor), factor)
