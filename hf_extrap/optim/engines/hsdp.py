@@ -146,17 +146,18 @@ class _KeepingReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        work = dist.reduce_scatter_single(
-            output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
-        )
         capture = self._capture()
-        if capture is None or not capture.wanted:
-            return work
-        if op != dist.ReduceOp.AVG:
+        wanted = capture is not None and capture.wanted
+        if wanted and op != dist.ReduceOp.AVG:
             raise RuntimeError(
                 f"FSDP2 reduces with {op}, from which the mean gradient of a replica group cannot be told; allowed "
                 "under local scope: a reduce_dtype of float32 or bfloat16, and no set_gradient_divide_factor."
             )
+        work = dist.reduce_scatter_single(
+            output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
+        )
+        if capture is None or not wanted:
+            return work
         if work is not None:
             work.wait()
         self._keep(output_tensor)
