@@ -12,6 +12,7 @@ from torch.func import functional_call, grad_and_value
 
 from .batch_norm import batch_norms, running_statistics_kept
 from .displacement import copy_
+from .engines import check_known
 from .extrapolated import Extrapolated
 from .memory import Buffers
 
@@ -60,7 +61,7 @@ class BatchedWorkers:
         optimizer = self.optimizer
         local = optimizer.config.is_local
         optimizer.rest()
-        optimizer._check_engine()
+        check_known(optimizer._engine, optimizer._given)
         optimizer._base_trains()
         with optimizer._random_state_kept(), running_statistics_kept(self.model):
             points = [p.expand(len(batches), *p.shape) if local else p for p in optimizer._params()]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -19,14 +18,11 @@ from .base_iterate import BaseIterate
 from .batch_norm import running_statistics_kept
 from .capture import GradientCapture
 from .config import ExtrapConfig
-from .directions import last_update, noise
-from .displacement import displace_, norms, scale_direction, total_norm
-from .engines import Engine, engine_of, has_replicas
+from .engines import Engine, check_known, check_scheme, engine_of
+from .looking_back import LookingBack
 from .memory import Buffers, DirectionMemory, is_finite
-from .preconditioner import adam_preconditioner
-from .statistics import StepStatistics, clipping_factor, cosine, shrinking
+from .statistics import StepStatistics
 from .step_size import StepSize
-from .wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +30,7 @@ NOWHERE = -1
 """Where parameters are that hold the y of a step given up."""
 
 
-class Extrapolated(OptimizerWrapper):
+class Extrapolated(LookingBack):
     """Takes the gradient at an extrapolated point y = x − η · S(d, x), and steps the parameters x with any optimizer.
 
     At rest the parameters are x. A training loop gains one line, and for fresh directions (`config.is_fresh`, or `auto`
@@ -105,7 +101,7 @@ class Extrapolated(OptimizerWrapper):
         self._cold_after_load = False
         self._start()
         Optimizer.__setstate__(self, {})
-        self._check_scope()
+        check_scheme(self.config, self._engine, self.base)
 
     def connect(self, model: torch.nn.Module) -> None:
         """Meet the engine that holds the parameters, before training and before a state is loaded.
@@ -124,7 +120,7 @@ class Extrapolated(OptimizerWrapper):
         self._given = []
         self._start()
         self._capture = self._engine.capture()
-        self._check_scope()
+        check_scheme(self.config, self._engine, self.base)
         self._engine.follow(self._before_engine_step, self._after_engine_step)
         # Some engines take a step without gradients when they start.
         self.step_count = self.skipped_steps = 0
@@ -142,9 +138,6 @@ class Extrapolated(OptimizerWrapper):
         self._lengths: dict[int, Tensor] = {}
         self._first_scale: float | None = None
         self._preconditioner: Buffers | None = None
-
-    def _params(self) -> list[Tensor]:
-        return self._engine.params()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; with gradients of a step that was not taken, the step is given up (see `discard`)."""
@@ -180,7 +173,7 @@ class Extrapolated(OptimizerWrapper):
         meets the same dropout masks (with `batch: independent` the masks are independent too).
         """
         key = self._key(self._select(worker))
-        self._check_engine()
+        check_known(self._engine, self._given)
         self.rest()
         self._base_trains()
         leaves, local = self._engine.leaves(), self.config.is_local
@@ -232,7 +225,7 @@ class Extrapolated(OptimizerWrapper):
             self._base_trains()
         if self.config.direction == "none" and not self.collect_statistics:
             return
-        self._check_engine()
+        check_known(self._engine, self._given)
         self._capture.attach(self._engine.leaves())
         if self.collect_statistics and self._capture.pass_squares is None:
             self._capture.pass_squares = []
@@ -373,186 +366,7 @@ class Extrapolated(OptimizerWrapper):
             # Parameters must not move between a forward and its backward pass: the next train() moves them.
             self._x.at = NOWHERE
 
-    # The move
-
-    def _move(self, key: int) -> None:
-        params = self._params()
-        self._x.restore(params)
-        direction = self._preconditioned(self._direction(key)) if self.config.precondition else self._direction(key)
-        indices = [i for i, d in enumerate(direction) if d is not None]
-        if not indices:
-            return
-        x = [params[i] for i in indices]
-        last_step = self._last_step
-        if self.config.scales_by_step:
-            if last_step is None:
-                return
-            # A parameter that has joined since has not been stepped.
-            last_step = torch.nn.functional.pad(last_step, (0, len(params) - len(last_step)))
-            if self.config.scaling == "layer_step":
-                last_step = last_step[indices]
-        moves = scale_direction(self.config.scaling, [d for d in direction if d is not None], x, last_step)
-        scaled = dict(zip(indices, moves, strict=True))
-        self._x.leave(params, indices, key)
-        steps = self._steps(key, scaled)
-        for start, stop, step in steps:
-            group = [i for i in range(start, stop) if i in scaled]
-            seeds = [("rounding", self.config.seed, self.step_count, self._worker_number(key), i) for i in group]
-            displace_([params[i] for i in group], [scaled[i] for i in group], step, seeds)
-        self._engine.moved()
-        if self.collect_statistics:
-            self._noted.note("displacement_norm", total_norm([self._x.kept[i].sub(params[i]) for i in indices]))
-            self._noted.note("step_size", torch.as_tensor(steps[0][2]).abs())
-
-    def _steps(self, key: int, scaled: dict[int, Tensor]) -> list[tuple[int, int, float | Tensor]]:
-        """(first parameter, one past the last, η) of each group, after the cap; keeps ‖x − y‖ where it is measured."""
-        steps: list[tuple[int, int, float | Tensor]] = []
-        start = 0
-        for index, (options, params) in enumerate(self._engine.groups()):
-            stop = start + len(params)
-            steps.append((start, stop, self._sizes.of_group(index, options, key)))
-            start = stop
-        cap = self.config.max_displacement
-        if cap is not None and self._last_step is not None:
-            length = _length(scaled, steps)
-            tiny = torch.finfo(length.dtype).tiny
-            last_length = torch.linalg.vector_norm(self._last_step).to(length)
-            factor = (cap * last_length / length.clamp_min(tiny)).clamp_max(1)
-            steps = [(a, b, step * factor) for a, b, step in steps]
-        if self._measures:
-            self._lengths[key] = _length(self._in_metric(scaled, -0.5), steps)
-        return steps
-
-    def _preconditioned(self, direction: Buffers) -> Buffers:
-        """P d; nothing for a parameter that the base optimizer has not stepped yet."""
-        params = self._params()
-        if self._preconditioner is None:
-            self._preconditioner = adam_preconditioner(self.base, params)
-        moved: Buffers = []
-        for p, d, scale in zip(params, direction or [None] * len(params), self._preconditioner, strict=True):
-            if d is not None and scale is None and self.state.get(p):
-                raise ValueError(
-                    f"precondition is true, but the base optimizer {type(self.base).__name__} keeps no exp_avg_sq and "
-                    "step for each element; allowed: Adam and its kin, or precondition false."
-                )
-            moved.append(None if d is None or scale is None else scale * d)
-        return moved
-
-    def _in_metric(self, tensors: dict[int, Tensor], power: float) -> dict[int, Tensor]:
-        """Each tensor times its Pᵖᵒʷᵉʳ; without a preconditioner the tensors themselves."""
-        if (scales := self._preconditioner) is None:
-            return tensors
-        return {i: t if (scale := scales[i]) is None else t * scale.pow(power).to(t) for i, t in tensors.items()}
-
-    def _direction(self, key: int) -> Buffers:
-        params = self._params()
-        if self.config.is_noise:
-            moves = [p.requires_grad for p in self._engine.leaves()]
-            drawn = iter(
-                noise(
-                    self.config.direction,
-                    [p for p, moved in zip(params, moves, strict=True) if moved],
-                    seed=self.config.seed,
-                    step=self.step_count,
-                    worker=self._worker_number(key),
-                )
-            )
-            return [next(drawn) if moved else None for moved in moves]
-        if key not in self._memory.directions and self._cold_after_load and self.step_count > 0:
-            logger.warning("this worker's direction was not in the checkpoint: its first step does not extrapolate")
-        self._cold_after_load = False
-        return self._memory.directions.get(key, [])
-
-    # After the pass at y
-
-    def _observe(self, gradients: Buffers, clipped: bool) -> None:
-        """Look at the averaged gradient once a step: statistics, and the curvature of global scope."""
-        if self._observed:
-            return
-        self._observed = True
-        if self._measures and not self.config.is_local and 0 in self._probed:
-            factor = self._clipping_factor(gradients) if clipped else 1.0
-            self._measure(0, [g if g is None else g / factor for g in gradients])
-        if not self.collect_statistics:
-            return
-        square = total_norm([g for g in gradients if g is not None]).square()
-        if (norm := self._engine.gradient_norm()) is not None:
-            square = square.new_tensor(norm**2)
-        self._noted.replace("gradient_square", square)
-        if passes := self._capture.pass_squares:
-            # Each pass's loss was divided by their number.
-            factor = (len(passes) / self._grad_scale()) ** 2
-            self._noted.replace("pass_square", *(square * factor for square in passes))
-            self._noted.replace("passes", torch.tensor(float(len(passes))))
-        self._noted.replace("direction_cosine", *(cosine(d, gradients) for d in self._directions_at_hand() if d))
-
-    def _clipping_factor(self, gradients: Buffers) -> float | Tensor:
-        """What clipping has multiplied the averaged gradient by."""
-        if not self._engine.steps_inside:
-            return clipping_factor(gradients, self._memory.captured_of(0))
-        norm = self._engine.gradient_norm()
-        return shrinking(total_norm([g for g in gradients if g is not None]), norm) if norm else 1.0
-
-    def _directions_at_hand(self) -> list[Buffers]:
-        """The directions of this step, or, from the past, the local gradients that will be the next one's."""
-        if self.config.direction == "past_gradient" and self.config.is_local:
-            return [self._memory.captured_of(worker) for worker in self._memory.captured_workers()]
-        return list(self._memory.directions.values())
-
-    def _measure(self, key: int, at_y: Buffers) -> None:
-        """Smooth ‖g(y) − g(x)‖ / ‖y − x‖ into the curvature of a worker that has just probed."""
-        at_x = self._memory.directions[key]
-        pairs = enumerate(zip(at_y, at_x, strict=True))
-        change = {i: a.sub(b.to(a)) for i, (a, b) in pairs if a is not None and b is not None}
-        if change and key in self._lengths:
-            seen = self._in_metric(change, 0.5)
-            self._sizes.measure(key, total_norm(list(seen.values())), self._lengths[key])
-
-    def _look_back(self, stepped: Sequence[bool]) -> None:
-        """Turn what this step saw into what the next one looks along."""
-        if self._measures and self.config.is_local:
-            for worker in self._probed.intersection(self._memory.captured_workers()):
-                self._measure(worker, self._memory.captured_of(worker))
-        if self._needs_step_length:
-            params = self._params()
-            lengths = norms([x.sub(params[i]) for i, x in self._x.kept.items()])
-            self._last_step = lengths.new_zeros(len(params)).index_copy_(
-                0, torch.tensor(list(self._x.kept), device=lengths.device), lengths
-            )
-            self._noted.note("step_length", torch.linalg.vector_norm(lengths))
-        if not self.config.is_past or not self.config.is_active(self.step_count + 1):
-            self._memory.directions.clear()
-        elif self.config.direction == "past_update":
-            self._memory.store(0, last_update(self._engine.groups(), stepped, self._x.kept, self._sizes.learning_rate))
-        elif self.config.is_local:
-            self._memory.turn_captured_into_directions()
-
-    def _gradients(self, unscale: float) -> Buffers:
-        return [g if g is None or unscale == 1 else g * unscale for g in self._engine.gradients()]
-
-    # What the configuration asks of this step
-
-    @property
-    def _needs_step_length(self) -> bool:
-        return self.config.max_displacement is not None or self.config.scales_by_step or self.collect_statistics
-
-    @property
-    def _keeps_averaged_gradient(self) -> bool:
-        config = self.config
-        return config.direction == "past_gradient" and not config.is_local and config.is_active(self.step_count + 1)
-
-    @property
-    def _measures(self) -> bool:
-        return self.config.measures(self.step_count)
-
-    def _key(self, worker: int) -> int:
-        """Whose direction a worker uses: its own, or the one of all."""
-        return worker if self.config.is_local else 0
-
-    def _worker_number(self, key: int) -> int:
-        """The number of this process's worker among those of all processes; 0 for all in global scope."""
-        rank, world_size = self._engine.worker()
-        return key * world_size + rank if self.config.is_local else 0
+    # Small things
 
     def _select(self, worker: int | None) -> int:
         if worker is not None:
@@ -560,13 +374,6 @@ class Extrapolated(OptimizerWrapper):
                 raise ValueError(f"worker is {worker}; allowed: 0 to {self.virtual_workers - 1} (virtual_workers).")
             self._worker = worker
         return self._worker
-
-    # Small things
-
-    def _grad_scale(self) -> float:
-        scaler = self.grad_scaler
-        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-        return scale * self._engine.loss_scale
 
     def _unscale(self) -> float:
         """The factor that turns a worker's gradient of the scaled loss into that of its mean loss."""
@@ -610,40 +417,6 @@ class Extrapolated(OptimizerWrapper):
         if self.config.is_local and isinstance(model, DistributedDataParallel):
             return model.no_sync()
         return nullcontext()
-
-    def _check_scope(self) -> None:
-        sharded = self._engine.is_sharded or any(
-            isinstance(p, DTensor) or type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id") for p in self._params()
-        )
-        # Before connect, sharded parameters of several replicas may yet turn out to be HSDP's.
-        has_own = self._engine.has_local_gradients or (type(self._engine) is Engine and has_replicas(self.base))
-        if sharded and not has_own and self.config.is_local and self.config.direction != "none":
-            raise ValueError(
-                "scope is 'local', but the parameters are sharded (FSDP or ZeRO-3), so that no worker has its own y; "
-                "allowed: scope 'global' (extragradient, optimistic, past-update, noise), fully_shard over a mesh of "
-                "replicas and shards (HSDP), or unsharded weights."
-            )
-        if self._engine.is_sharded and self.config.scaling == "filter" and "stage 3" in self._engine.name:
-            raise ValueError("scaling is 'filter', but ZeRO-3 cuts through filters; allowed: layer, or another engine.")
-        if self._engine.steps_inside and self.config.precondition:
-            raise ValueError(
-                f"precondition is true, but under {self._engine.name} the state of the base optimizer lies in flat "
-                "parts; allowed: precondition false, or past-update."
-            )
-
-    def _check_engine(self) -> None:
-        """An engine that has replaced the parameters must be known before anything is moved."""
-        if self._given:
-            params = self._params()
-            if type(self._engine) is Engine and any(isinstance(p, DTensor) for p in params):
-                raise RuntimeError("the parameters are sharded: call optimizer.connect(model) before training.")
-            if len(params) < len(self._given) or any(
-                (given := ref()) is not None and given is not p for ref, p in zip(self._given, params, strict=False)
-            ):
-                raise RuntimeError(
-                    "an engine has put other tensors in the place of the parameters: call optimizer.connect(engine), "
-                    "with what deepspeed.initialize returned, before training."
-                )
 
     # Saving
 
@@ -691,9 +464,3 @@ class Extrapolated(OptimizerWrapper):
 
     def __repr__(self) -> str:
         return f"Extrapolated({self.base!r},\n{self.config!r}, virtual_workers={self.virtual_workers})"
-
-
-def _length(moves: dict[int, Tensor], steps: Sequence[tuple[int, int, float | Tensor]]) -> Tensor:
-    """The length of moves by parameter, each times the η of its group."""
-    parts = [total_norm([moves[i] for i in range(a, b) if i in moves]) for a, b, _ in steps]
-    return total_norm([(part * step).to(parts[0]) for part, (_, _, step) in zip(parts, steps, strict=True)])

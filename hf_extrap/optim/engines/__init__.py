@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .base import Engine
+from .checks import check_known, check_scheme
 from .fsdp import FSDPEngine, is_sharded
 from .hsdp import HSDPEngine, has_replicas
 
@@ -29,4 +30,4 @@ def engine_of(model: nn.Module, base: Optimizer) -> Engine:
     return Engine(base)
 
 
-__all__ = ["Engine", "engine_of", "has_replicas"]
+__all__ = ["Engine", "check_known", "check_scheme", "engine_of"]
