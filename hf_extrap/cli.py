@@ -20,7 +20,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for an error that the user can mend, told in one sentence on stderr; of a study 1 if a run
-        failed, and 130 after Ctrl-C.
+        failed, and 130 after Ctrl-C; of the doctor 1 if a given configuration cannot run here.
     """
     words = list(sys.argv[1:] if words is None else words)
     command = shlex.join(["hf-extrap", *words])
@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return _sharpness(config, known, rest, command)
         if rest:
             raise ValueError(f"{known.command} takes no {rest[0]!r}.")
-        return _study(known, command) if known.command == "study" else _doctor()
+        return _study(known, command) if known.command == "study" else _doctor(known)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("HF_EXTRAP_TRACEBACK"):
             raise
@@ -93,7 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         if action == "run":
             parser_of_action.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
             parser_of_action.add_argument("--jobs", type=int, default=1, help="processes at once, one thread each")
-    commands.add_parser("doctor", help="versions, devices, and what can run here", allow_abbrev=False)
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, devices, and what can run here",
+        description="Which launch configurations this machine can run, and why not; without any, the shipped ones.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("configs", nargs="*", metavar="CONFIG", help="of accelerate, DeepSpeed or training")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
 
@@ -173,8 +180,10 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _doctor() -> int:
-    from hf_extrap.doctor import print_report
+def _doctor(known: argparse.Namespace) -> int:
+    from hf_extrap.doctor import judge_all, print_json, print_report, shipped, this_machine
 
-    print_report()
-    return 0
+    machine = this_machine()
+    verdicts = judge_all(known.configs or shipped(), machine)
+    (print_json if known.json else print_report)(machine, verdicts)
+    return int(bool(known.configs) and not all(verdict.can_run for verdict in verdicts))
