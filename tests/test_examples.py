@@ -44,6 +44,18 @@ def test_the_plain_loop_in_two_processes(launch: Launch) -> None:
     assert 5 < first < 6 and last < first - 1
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "preset"), [("2", "extrap"), ("3", "extragradient")])
+def test_the_deepspeed_loop(launch: Launch, stage: str, preset: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed, which the extra `deepspeed` installs")
+    words = ("examples/deepspeed_loop.py", "--stage", stage, "--preset", preset, "--steps", "20")
+    printed = launch(*words, processes=2)
+    assert f"DeepSpeedEngine, stage {stage}, 2 processes" in printed
+    first, last = numbers(printed.splitlines()[-1])
+    assert 5 < first < 6 and last < first - 1
+
+
 def test_the_trainer_script(run_here: Callable[..., list[float]]) -> None:
     (perplexity,) = run_here("trainer_script.py", "--max_steps", "10")
     assert perplexity < 128
