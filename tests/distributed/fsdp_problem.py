@@ -30,6 +30,7 @@ SCHEMES = {
     "past-update": ExtrapConfig.preset("past-update"),
     "gaussian": ExtrapConfig.preset("gaussian", step_size=0.05),
     "gaussian, shared": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global"),
+    "gaussian, unscaled": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global", scaling="none"),
 }
 Batch = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
