@@ -37,6 +37,7 @@ def draw(plan: Plan, results: Results, folder: Path) -> list[tuple[str, str]]:
     drawn = []
     for name, make in (
         ("batch_size.png", _batch_sizes),
+        ("differences.png", _differences),
         ("scaling.png", _scaling),
         ("curves.png", _curves),
         ("learning_rates.png", _learning_rates),
@@ -80,7 +81,19 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
             found.setdefault(str(label), handle)
     if found:
         handles, labels = list(found.values()), list(found)
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(found)), frameon=False)
+        figure.legend(handles, labels, loc="outside upper center", ncols=_legend_columns(labels), frameon=False)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """How many columns of a legend, filled one after the other, fit beside each other: at most five."""
+    for count in range(min(5, len(labels)), 1, -1):
+        base, longer = divmod(len(labels), count)
+        starts = [column * base + min(column, longer) for column in range(count + 1)]
+        longest = [max(map(len, labels[start:end])) for start, end in zip(starts, starts[1:], strict=False)]
+        # Inches of a letter, and of a handle with the space around it.
+        if sum(0.073 * letters + 0.75 for letters in longest) <= WIDTH:
+            return count
+    return 1
 
 
 def _over_batches(axes: Axes, plan: Plan, results: Results, value: Callable[[Entry], Estimate | None]) -> list[float]:
@@ -115,7 +128,7 @@ def _batch_axis(axes: Axes, batches: Sequence[float]) -> None:
 
 def _metric_axis(axes: Axes, results: Results) -> None:
     """A logarithmic axis for a perplexity that spans enough of it to be read there."""
-    low, high = axes.get_ylim()
+    low, high = axes.dataLim.intervaly
     if results.metric == "perplexity" and low > 0 and high > 4 * low:
         _log_values(axes)
 
@@ -141,6 +154,39 @@ def _batch_sizes(plan: Plan, results: Results) -> tuple[Figure, str] | None:
     _metric_axis(axes, results)
     _legend(figure, [axes])
     return figure, f"{results.split.capitalize()} {spoken(results.metric)} against batch size: mean ± std over seeds."
+
+
+def _differences(plan: Plan, results: Results) -> tuple[Figure, str] | None:
+    """Each method's paired difference to the baseline, a line a method, a panel a batch size."""
+    found: dict[int, dict[str, Estimate]] = {}
+    for entry in results.entries:
+        if entry.difference is not None:
+            found.setdefault(entry.workers, {})[entry.method] = entry.difference
+    if not found:
+        return None
+    methods = [method for method in _methods(plan) if any(method in panel for panel in found.values())]
+    columns = min(len(found), 4)
+    figure, panels = _panels(len(found), height=0.24 * len(methods) + 0.9, columns=columns)
+    for index, (axes, (workers, panel)) in enumerate(zip(panels, found.items(), strict=True)):
+        for method, difference in panel.items():
+            style = _style(plan, method) | {"linestyle": "none"}
+            low = difference.mean if difference.low is None else difference.low
+            high = difference.mean if difference.high is None else difference.high
+            spread = [[difference.mean - low], [high - difference.mean]]
+            axes.errorbar([difference.mean], [methods.index(method)], xerr=spread, capsize=3, markersize=5, **style)
+        axes.axvline(0, color="0.5", linestyle=":", linewidth=1)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_yticks(range(len(methods)), methods if index % columns == 0 else [""] * len(methods))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, axis="x", alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=9)
+        axes.set_title(worker_words(workers), fontsize=10, loc="left")
+        axes.set_xlabel(f"minus {plan.study.baseline}", fontsize=9)
+    better = "right" if results.greater_is_better else "left"
+    return figure, (
+        f"{results.split.capitalize()} {spoken(results.metric)} minus that of {plan.study.baseline}, paired by seed: "
+        f"mean and 95 % interval; {better} of the line is better."
+    )
 
 
 def _scaling(plan: Plan, results: Results) -> tuple[Figure, str] | None:
@@ -258,30 +304,39 @@ def _apart(values: Sequence[float]) -> list[float]:
 
 def _sensitivity(plan: Plan, results: Results) -> tuple[Figure, str] | None:
     """Heat maps over the first two searched fields, a method a row, a batch size a column."""
-    workers = [batch.workers for batch in plan.study.batches]
     maps: dict[str, list[tuple[int, dict[str, list[Any]], Entry]]] = {}
     for method in _methods(plan) if plan.study.search.kind == "grid" else []:
-        for column, count in enumerate(workers):
+        for count in plan.study.workers_of(method):
             values = plan.study.values(method, count)
             lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) > 1}
             entry = results.entry(method, count)
             if len(lists) >= 2 and entry is not None and entry.trials:
-                maps.setdefault(method, []).append((column, dict(list(lists.items())[:2]), entry))
+                maps.setdefault(method, []).append((count, dict(list(lists.items())[:2]), entry))
     if not maps:
         return None
+    shown = {count for found in maps.values() for count, _, _ in found}
+    workers = [batch.workers for batch in plan.study.batches if batch.workers in shown]
+    if len(workers) == 1:
+        # One batch size: the methods side by side.
+        figure, panels = _panels(len(maps), height=1.9)
+        for axes, (method, ((_, lists, entry),)) in zip(panels, maps.items(), strict=True):
+            _heat_map(axes, lists, entry, results)
+            axes.set_title(method, fontsize=9, loc="left")
+        return figure, _sensitivity_caption(results, f" with {worker_words(workers[0])}")
     figure, panels = _panels(len(maps) * len(workers), height=1.9, columns=len(workers))
     for axes in panels:
         axes.set_visible(False)
     for row, (method, found) in enumerate(maps.items()):
-        for column, lists, entry in found:
-            axes = panels[row * len(workers) + column]
+        for count, lists, entry in found:
+            axes = panels[row * len(workers) + workers.index(count)]
             axes.set_visible(True)
             _heat_map(axes, lists, entry, results)
-            axes.set_title(f"{method}, {worker_words(workers[column])}", fontsize=9, loc="left")
-    return (
-        figure,
-        f"Tuning: validation {spoken(results.metric)} over the searched fields; × diverged. Darker is better.",
-    )
+            axes.set_title(f"{method}, {worker_words(count)}", fontsize=9, loc="left")
+    return figure, _sensitivity_caption(results)
+
+
+def _sensitivity_caption(results: Results, where: str = "") -> str:
+    return f"Tuning: validation {spoken(results.metric)} over the searched fields{where}; × diverged. Darker is better."
 
 
 def _heat_map(axes: Axes, lists: dict[str, list[Any]], entry: Entry, results: Results) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hf_extrap.cli import main
 from hf_extrap.results import read_json
+from hf_extrap.study.figures import _legend_columns
 from hf_extrap.study.report import report_study
 from hf_extrap.study.results import Results
 from hf_extrap.study.runner import run_study
@@ -107,8 +108,16 @@ def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> No
     assert "| none | 40 ± 0 | 40 ± 0 | 5 ± 0 | 19 % | 0.125 | 1.00 | 4/4 | 1 | 10 |" in text
     drawn = {path.name for path in folder.glob("*.png")}
     # No history of these runs tells of the noise or the curvature.
-    assert drawn == {"batch_size.png", "scaling.png", "curves.png", "learning_rates.png", "sensitivity.png"}
+    names = ("batch_size", "differences", "scaling", "curves", "learning_rates", "sensitivity")
+    assert drawn == {f"{name}.png" for name in names}
     assert all(f"]({name})" in text and (folder / name).stat().st_size > 10_000 for name in drawn)
+
+
+def test_a_legend_is_as_wide_as_its_labels_allow() -> None:
+    assert _legend_columns(["sgd"]) == 1
+    assert _legend_columns(["adamw", "nadam", "extrap-past", "past-update", "extrap", "sam"]) == 5
+    assert _legend_columns(["extrap-past preconditioned"] * 6) == 3
+    assert _legend_columns(["x" * 200, "y"]) == 1
 
 
 def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, write_study: WriteStudy) -> None:
