@@ -80,7 +80,7 @@ def _directions(optimizer: Extrapolated) -> dict[str, Any]:
         "owner": _owner(optimizer),
         "directions": {
             f"{key}.{i}": _held(d)
-            for key, buffers in optimizer._memory.directions.items()
+            for key, buffers in optimizer._memory.at_rest()
             for i, d in enumerate(buffers)
             if d is not None
         },
@@ -90,6 +90,7 @@ def _directions(optimizer: Extrapolated) -> dict[str, Any]:
 
 def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     owner = _owner(optimizer)
+    optimizer._memory.directions, optimizer._sizes.curvature = {}, {}
     if state["owner"] != owner:
         differing = ", ".join(
             f"{name} was {state['owner'].get(name)!r} and is {value!r}"

@@ -34,7 +34,12 @@ def resume(name: str, cell: Cell, folder: Path) -> dict[str, Any]:
     again = build(name, cell)
     load(again, folder)
     resumed = train(again, cell, mine, range(SAVED_AFTER, STEPS))
+    state = again.optimizer.local_state_dict()
+    is_own = "world_size" in state["owner"]
+    again.optimizer.load_local_state_dict({**state, "owner": {**state["owner"], "world_size": 4}} if is_own else state)
     return {
+        "is_own": is_own,
+        "left of another world size": len(again.optimizer._memory.directions) if is_own else 0,
         "losses": [unbroken.losses, resumed.losses],
         "ends": [unbroken.end, resumed.end],
         "steps": [engine.optimizer.step_count, again.optimizer.step_count],

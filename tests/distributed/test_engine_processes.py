@@ -141,6 +141,8 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(engine: str, ranks: Ranks)
             assert rank["losses"][0] == rank["losses"][1], name
             assert rank["steps"] == [STEPS, STEPS] and rank["peaks"][0] == rank["peaks"][1], name
             assert rank["plain"], name
+            assert rank["is_own"] == (engine in SHARDED or "extrap-past" in name), name
+            assert rank["left of another world size"] == 0, name
 
 
 def test_exports_hold_x_between_steps_and_in_one(engine: str, ranks: Ranks) -> None:
