@@ -14,6 +14,7 @@ Scope = Literal["local", "global"]
 Scaling = Literal["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
 Batch = Literal["same", "independent"]
 DirectionDtype = Literal["float32", "bfloat16", "float16"]
+DirectionDevice = Literal["cpu"]
 
 PAST_DIRECTIONS: tuple[str, ...] = ("past_gradient", "past_update")
 NOISE_DIRECTIONS: tuple[str, ...] = ("gaussian", "uniform")
@@ -36,6 +37,8 @@ class ExtrapConfig:
         precondition: multiply a gradient direction by Adam's P = 1 / (√v̂ + ε), from the state of the base optimizer;
             `auto` then measures the curvature in that metric.
         direction_dtype: the type in which directions are stored; None keeps that of the parameters.
+        direction_device: `cpu` keeps stored directions in the host's memory, pinned where the parameters are on a GPU,
+            and brings back one worker's at a time; None keeps them beside the parameters.
         seed: of the noise and of stochastic rounding.
 
     Parameters that control the length of the move:
@@ -73,6 +76,7 @@ class ExtrapConfig:
     start_step: int = 0
     end_step: int | None = None
     direction_dtype: DirectionDtype | None = None
+    direction_device: DirectionDevice | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +91,7 @@ class ExtrapConfig:
             ("scaling", get_args(Scaling)),
             ("batch", get_args(Batch)),
             ("direction_dtype", (None, *get_args(DirectionDtype))),
+            ("direction_device", (None, *get_args(DirectionDevice))),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {_listed(choices)}.")

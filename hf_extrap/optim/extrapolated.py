@@ -97,7 +97,8 @@ class Extrapolated(LookingBack):
         self._given = [weakref.ref(p) for p in self._params()]
         self._sizes = StepSize(config)
         self._last_step: Tensor | None = None
-        self._memory = DirectionMemory(getattr(torch, config.direction_dtype) if config.direction_dtype else None)
+        dtype = getattr(torch, config.direction_dtype) if config.direction_dtype else None
+        self._memory = DirectionMemory(dtype, on_host=config.direction_device == "cpu")
         self._cold_after_load = False
         self._start()
         Optimizer.__setstate__(self, {})

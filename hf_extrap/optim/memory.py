@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .displacement import total_norm
 
@@ -15,25 +16,44 @@ Buffers = list[Tensor | None]
 class DirectionMemory:
     """Buffers by worker, one a parameter, None where the parameter has no direction.
 
+    Args:
+        dtype: in which directions are stored; None for the gradients' own.
+        on_host: keep them in the host's memory, with those of one worker at a time beside the parameters.
+
     Attributes:
         directions: d of each worker; worker 0 has that of all in global scope.
         captured: what hooks have copied of this step's own gradients, valid where `filled` says so.
-        dtype: in which directions are stored; None for the gradients' own.
     """
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, on_host: bool = False) -> None:
         self.dtype = dtype
-        self.directions: dict[int, Buffers] = {}
-        self.captured: dict[int, Buffers] = {}
+        self.on_host = on_host
+        self._directions: MutableMapping[int, Buffers] = HostStore() if on_host else {}
+        self.captured: MutableMapping[int, Buffers] = HostStore() if on_host else {}
         self.filled: dict[int, set[int]] = {}
+
+    @property
+    def directions(self) -> MutableMapping[int, Buffers]:
+        """See the attributes."""
+        return self._directions
+
+    @directions.setter
+    def directions(self, values: MutableMapping[int, Buffers]) -> None:
+        self._directions.clear()
+        self._directions.update(values)
+
+    def at_rest(self) -> Iterator[tuple[int, Buffers]]:
+        """Each worker and its direction, where it is stored."""
+        return self._directions.stored() if isinstance(self._directions, HostStore) else iter(self._directions.items())
 
     def start_direction(self, worker: int, size: int) -> Buffers:
         """The worker's buffers for a new direction of `size` parameters, to be written in full."""
-        return _of_size(self.directions, worker, size)
+        return _blank(self._directions, worker, size)
 
     def start_capture(self, worker: int, size: int) -> tuple[Buffers, set[int]]:
         """The worker's buffers for this step's gradients, and the indices that hold some already."""
-        return _of_size(self.captured, worker, size), self.filled.setdefault(worker, set())
+        filled = self.filled.setdefault(worker, set())
+        return (_of_size if filled else _blank)(self.captured, worker, size), filled
 
     def forget_captured(self) -> None:
         """Start a step; memory is kept."""
@@ -54,10 +74,14 @@ class DirectionMemory:
         A gradient that is not finite, or not in `dtype`, is no direction.
         """
         for worker in self.captured_workers():
-            spent = self.directions.pop(worker, [])
             gradients = self.captured_of(worker)
-            if is_finite(gradients):
-                self.directions[worker] = gradients
+            if not is_finite(gradients):
+                self._directions.pop(worker, None)
+            elif isinstance(self._directions, HostStore) and isinstance(self.captured, HostStore):
+                self._directions.swap(worker, self.captured, self.filled[worker])
+            else:
+                spent = self._directions.pop(worker, [])
+                self._directions[worker] = gradients
                 self.captured[worker] = spent
 
     def store(self, worker: int, values: Sequence[Tensor | None]) -> None:
@@ -73,12 +97,121 @@ class DirectionMemory:
                 buffer.copy_(value)
 
 
+class HostStore(MutableMapping[int, Buffers]):
+    """Buffers by worker in the host's memory; those of the worker asked for last are beside the parameters too.
+
+    What is changed there is written back before another worker's buffers come. With parameters on the CPU both places
+    are the same memory, and the copies are made all the same.
+    """
+
+    def __init__(self) -> None:
+        self._host: dict[int, Buffers] = {}
+        self._devices: dict[int, torch.device] = {}
+        self._near: Buffers = []
+        self._near_worker: int | None = None
+        self._written: list[tuple[int, int]] = []
+        """Of each near buffer, which it was and its version when it last agreed with the host's."""
+
+    def __getitem__(self, worker: int) -> Buffers:
+        if worker != self._near_worker:
+            kept = self._host[worker]
+            self._put_away()
+            self._near = [None if h is None else self._fetch(i, h) for i, h in enumerate(kept)]
+            self._near_worker = worker
+            self._agree()
+        return self._near
+
+    def __setitem__(self, worker: int, buffers: Buffers) -> None:
+        if worker != self._near_worker:
+            self._put_away()
+        self._host.setdefault(worker, [])
+        self._near, self._near_worker, self._written = buffers, worker, []
+
+    def __delitem__(self, worker: int) -> None:
+        del self._host[worker]
+        if worker == self._near_worker:
+            self._near_worker = None
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._host))
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def clear(self) -> None:
+        """Forget all, and free the host's memory."""
+        self._host.clear()
+        self._near, self._near_worker = [], None
+
+    def start(self, worker: int) -> Buffers:
+        """The worker's buffers with any content, to be written in full: nothing is fetched."""
+        self[worker] = self._near if worker == self._near_worker else self._last_near()
+        return self._near
+
+    def stored(self) -> Iterator[tuple[int, Buffers]]:
+        """Each worker and its buffers in the host's memory."""
+        self._put_away()
+        return iter(self._host.items())
+
+    def swap(self, worker: int, other: HostStore, indices: set[int]) -> None:
+        """Take the worker's buffers at these indices from the other store, and give it this one's memory for them."""
+        for store in (self, other):
+            if store._near_worker == worker:
+                store._put_away()
+        spent = self._host.pop(worker, [])
+        self._host[worker] = [b if i in indices else None for i, b in enumerate(other._host[worker])]
+        self._devices |= other._devices
+        other._host[worker] = spent
+
+    def _last_near(self) -> Buffers:
+        self._put_away()
+        return self._near
+
+    def _put_away(self) -> None:
+        """Write what has changed beside the parameters to the host; the near memory is free for another worker."""
+        if self._near_worker is None:
+            return
+        host = self._host[self._near_worker]
+        host += [None] * (len(self._near) - len(host))
+        for i, near in enumerate(self._near):
+            if near is None:
+                host[i] = None
+                continue
+            if i < len(self._written) and self._written[i] == (id(near), near._version):
+                continue
+            self._devices[i] = near.device
+            kept = host[i]
+            if kept is None or kept.shape != near.shape or kept.dtype != near.dtype:
+                kept = host[i] = _on_host(near)
+            kept.copy_(near)
+        self._near_worker = None
+
+    def _agree(self) -> None:
+        self._written = [(0, 0) if b is None else (id(b), b._version) for b in self._near]
+
+    def _fetch(self, index: int, kept: Tensor) -> Tensor:
+        return kept.to(self._devices[index], copy=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Memory of the host for a tensor of that kind: pinned for one on a GPU, but of a sharded one."""
+    if isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+
+
 def is_finite(buffers: Buffers) -> bool:
     """Whether the norm of all tensors is finite; the host waits for it."""
     return bool(torch.isfinite(total_norm([b for b in buffers if b is not None])))
 
 
-def _of_size(store: dict[int, Buffers], worker: int, size: int) -> Buffers:
+def _blank(store: MutableMapping[int, Buffers], worker: int, size: int) -> Buffers:
+    buffers = store.start(worker) if isinstance(store, HostStore) else store.setdefault(worker, [])
+    buffers += [None] * (size - len(buffers))
+    return buffers
+
+
+def _of_size(store: MutableMapping[int, Buffers], worker: int, size: int) -> Buffers:
     buffers = store.setdefault(worker, [])
     buffers += [None] * (size - len(buffers))
     return buffers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_extrap.optim.config import Batch, Direction, DirectionDtype, ExtrapConfig, Scaling, Scope
+from hf_extrap.optim.config import Batch, Direction, DirectionDevice, DirectionDtype, ExtrapConfig, Scaling, Scope
 
 from .base_optimizers import base_optimizer
 
@@ -86,6 +86,7 @@ class ExtrapArguments(Base):
     extrap_end_step: int | None = _override("First step that no longer does.")
     extrap_precondition: bool | None = _override("Take the direction in the metric of a base optimizer like Adam.")
     extrap_direction_dtype: DirectionDtype | None = _override("Type in which directions are stored.")
+    extrap_direction_device: DirectionDevice | None = _override("'cpu' keeps directions in the host's memory.")
     extrap_seed: int | None = _override("Seed of noise and rounding; the training's seed unless given.")
     extrap_virtual_workers: int = field(
         default=1, metadata={"help": "Workers that each process plays, one accumulation micro-batch each."}
