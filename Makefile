@@ -24,7 +24,7 @@ test: .venv/installed-test
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
 
-# The three studies for two cores, each an hour or less, and their reports.
+# The four studies for two cores, each about an hour or less, and their reports.
 study: .venv/installed-study
 	for study in configs/studies/cpu_*.yaml; do \
 	    $(BIN)/hf-extrap study run $$study --jobs 2 && $(BIN)/hf-extrap study report $$study || exit $$?; done
