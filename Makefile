@@ -20,7 +20,7 @@ run: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10
 
-# With the whole matrix of engines, schemes and optimizers, which takes half an hour more.
+# With the whole matrix of engines, schemes and optimizers, some ten minutes more.
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
 
