@@ -143,6 +143,11 @@ class HostStore(MutableMapping[int, Buffers]):
         self._host.clear()
         self._near, self._near_worker = [], None
 
+    @property
+    def near(self) -> Buffers:
+        """What is beside the parameters now, in use or not."""
+        return self._near
+
     def start(self, worker: int) -> Buffers:
         """The worker's buffers with any content, to be written in full: nothing is fetched."""
         self[worker] = self._near if worker == self._near_worker else self._last_near()
