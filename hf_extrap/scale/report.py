@@ -81,11 +81,12 @@ def line(x: list[int], y: list[float]) -> tuple[float, float]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A figure of seconds and peak memory against K, both axes logarithmic, with the fitted lines."""
+    """A figure of seconds, peak memory and what lies beside the parameters against K, on logarithmic axes, with the
+    fitted lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = left, middle, right = figure.subplots(1, 3)
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for index, variant in enumerate(variants):
         own = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["workers"])
@@ -96,12 +97,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         fine = np.geomspace(min(workers), max(workers), 100)
         for axis, values in (
             (left, [row["seconds"] for row in own]),
-            (right, [row["peak_bytes"] / 1e6 for row in own]),
+            (middle, [row["peak_bytes"] / 1e6 for row in own]),
+            (right, [(row["held"]["x"] + row["held"]["directions"]) / 1e6 for row in own]),
         ):
+            if not any(values):
+                continue
             a, b = line(workers, values)
             axis.plot(fine, a + b * fine, color=color, dashes=style, linewidth=1.4, label=variant)
             axis.plot(workers, values, "os^D"[index % 4], color=color, markersize=4)
-    for axis, label in ((left, "seconds a step"), (right, "peak memory of the process, MB")):
+    labels = ("seconds a step", "peak memory of the process, MB", "x and directions beside the parameters, MB")
+    for axis, label in zip(axes, labels, strict=True):
         axis.set(xscale="log", yscale="log", xlabel="virtual workers K", ylabel=label)
         axis.set_xticks(workers, [str(k) for k in workers])
         axis.minorticks_off()
