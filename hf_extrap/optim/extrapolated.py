@@ -416,7 +416,9 @@ class Extrapolated(LookingBack):
 
     def _unaveraged(self, model: torch.nn.Module | None) -> Any:
         if self.config.is_local and isinstance(model, DistributedDataParallel):
-            return model.no_sync()
+            # A static graph's first pass must be averaged: DDP learns from it when a gradient is ready.
+            if not model.static_graph or model._static_graph_delay_allreduce_enqueued:
+                return model.no_sync()
         return nullcontext()
 
     # Saving

@@ -50,22 +50,7 @@ def gathered(ranks: list[dict[str, Any]], job: Job) -> Run:
     return Run(x=longest["x"], y=ys)
 
 
-def known_fault(job: Job) -> str | None:
-    """Why a job fails for now; the test of one that no longer does fails, and this goes."""
-    told = job.config.is_fresh and job.config.is_local and not job.averaged
-    if told and ("static_graph", True) in job.ddp:
-        return "a probe leaves out the averaging that a static graph's first pass needs"
-    return None
-
-
-JOBS = [
-    pytest.param(job, id=str(job), marks=[pytest.mark.xfail(reason=fault, strict=True)] if fault else [])
-    for job in EXACT
-    for fault in [known_fault(job)]
-]
-
-
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", EXACT, ids=str)
 def test_processes_are_the_textbook(job: Job, seen: Seen) -> None:
     """Every x and every worker's y; the replicas end bit for bit alike, also after Join."""
     ranks = of_job(seen, job)

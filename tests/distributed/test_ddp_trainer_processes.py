@@ -22,8 +22,6 @@ from hf_extrap.optim.reference import Loss, extrapolate  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
-FAULT = "a probe leaves out the averaging that a static graph's first pass needs"
-
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> list[dict[str, Any]]:
@@ -61,11 +59,7 @@ def textbook(preset: str, workers: list[list[list[Tensor]]]) -> Tensor:
     return torch.cat([p.reshape(-1) for p in run.x[-1]])
 
 
-def marks(cell: tuple[str, str]) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(reason=FAULT, strict=True)] if cell == ("extrap", "static_graph") else []
-
-
-@pytest.mark.parametrize(("preset", "way"), [pytest.param(*cell, marks=marks(cell)) for cell in CELLS])
+@pytest.mark.parametrize(("preset", "way"), CELLS)
 def test_two_processes_are_the_textbook(preset: str, way: str, seen: list[dict[str, Any]]) -> None:
     ranks = [rank[f"{preset}, {way}"] for rank in seen]
     assert "error" not in ranks[0], ranks[0]["error"]
