@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
@@ -295,13 +297,18 @@ def test_independent_samples_are_those_of_the_step_before(tmp_path: Path) -> Non
     assert first_tokens == [token[0], token[0], token[0], token[1], token[1], token[2]]
 
 
-def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path) -> None:
+def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="lacks the extrap fields"):
         ExtrapTrainer(gpt2(), arguments(tmp_path, kind=TrainingArguments))
     trainer = ExtrapTrainer(gpt2(), arguments(tmp_path, extrap="extrap-past"), train_dataset=Sentences(8))
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="the engine is FSDP"):
+    trainer.args.fsdp = "full_shard"
+    with pytest.raises(ValueError, match="fsdp is 'full_shard', but accelerate runs"):
         trainer._refuse_unsupported_engines()
+    trainer.is_fsdp_enabled = True
+    for version, refusal in ((1, "the engine is FSDP of version 1"), (2, "the engine is FSDP, where no worker has")):
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=version))
+        with pytest.raises(ValueError, match=refusal):
+            trainer._refuse_unsupported_engines()
 
 
 def test_a_user_s_own_optimizer_is_wrapped_with_its_momentum(tmp_path: Path) -> None:
