@@ -87,11 +87,11 @@ def test_what_is_launched_is_what_it_is_called(repository: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("name", "environment"), [("fsdp2", {}), ("zero2", {"ACCELERATE_USE_CPU": "true"})], ids=["fsdp2", "zero2"]
 )
-def test_on_a_cpu_some_fall_back_to_ddp_as_doctor_says(
+def test_on_a_cpu_the_stock_trainer_falls_back_to_ddp_as_doctor_says(
     repository: Path, tmp_path: Path, name: str, environment: dict[str, str]
 ) -> None:
     need_deepspeed(name)
-    ranks = launch_one(repository, tmp_path, name, LOCAL, **environment)
+    ranks = launch_one(repository, tmp_path, name, "none", **environment)
     assert [rank["model"] for rank in ranks] == ["DistributedDataParallel"] * 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -95,16 +96,19 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
             {"the DeepSpeed configuration has an optimizer of its own": "optimizer" in deepspeed},
             "no `optimizer` there, but `optim` or `base_optimizer` among the arguments, or extrap 'none'",
         )
-        refuse(
-            field,
-            {
-                f"fsdp is {self.args.fsdp!r}, but accelerate runs {self.accelerator.distributed_type.value}": bool(
-                    self.args.fsdp
-                )
-                and not self.is_fsdp_enabled
-            },
-            "fsdp with two or more GPUs, or no fsdp",
-        )
+        for engine, given, runs in (
+            ("FSDP", self.args.fsdp, self.is_fsdp_enabled),
+            ("DeepSpeed", self.args.deepspeed, self.is_deepspeed_enabled),
+        ):
+            asked = bool(given) or os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+            refuse(
+                field,
+                {
+                    f"{engine} is asked for, but accelerate runs {self.accelerator.distributed_type.value}": asked
+                    and not runs
+                },
+                f"a machine on which it runs {engine} (`hf-extrap doctor` says which), or a launch without it",
+            )
         refuse(
             field,
             {

@@ -302,8 +302,13 @@ def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path, mon
         ExtrapTrainer(gpt2(), arguments(tmp_path, kind=TrainingArguments))
     trainer = ExtrapTrainer(gpt2(), arguments(tmp_path, extrap="extrap-past"), train_dataset=Sentences(8))
     trainer.args.fsdp = "full_shard"
-    with pytest.raises(ValueError, match="fsdp is 'full_shard', but accelerate runs"):
+    with pytest.raises(ValueError, match="FSDP is asked for, but accelerate runs NO"):
         trainer._refuse_unsupported_engines()
+    trainer.args.fsdp = None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is asked for, but accelerate runs NO"):
+        trainer._refuse_unsupported_engines()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     trainer.is_fsdp_enabled = True
     for version, refusal in ((1, "the engine is FSDP of version 1"), (2, "the engine is FSDP, where no worker has")):
         monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=version))
