@@ -195,7 +195,7 @@ class Extrapolated(LookingBack):
                 if not by_hooks and not self._engine.steps_inside:
                     self._memory.store(key, self._gradients(1 / self._grad_scale()))
             if not by_hooks and self._engine.steps_inside:
-                self._memory.store(key, self._gradients(1.0))
+                self._memory.store(key, self._gradients(1 / self._grad_scale()))
             if by_hooks:
                 self._memory.directions[key] = [d if i in filled else None for i, d in enumerate(direction)]
                 if not local:
