@@ -62,6 +62,8 @@ def main() -> None:
         last = accelerator.reduce(loss.detach(), "mean").item()
         first = last if step == 0 else first
     accelerator.print(f"loss at y, step 1: {first:.3f}, step {arguments.steps}: {last:.3f}")
+    # Gloo hangs in a process that ends while its threads still hold the last all-reduce's tensors.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
