@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_extrap import ExtrapConfig, Extrapolated
+from hf_extrap.optim.processes import let_gloo_finish
 
 CONTEXT = 16
 
@@ -62,8 +63,7 @@ def main() -> None:
         last = accelerator.reduce(loss.detach(), "mean").item()
         first = last if step == 0 else first
     accelerator.print(f"loss at y, step 1: {first:.3f}, step {arguments.steps}: {last:.3f}")
-    # Gloo hangs in a process that ends while its threads still hold the last all-reduce's tensors.
-    accelerator.wait_for_everyone()
+    let_gloo_finish()
     accelerator.end_training()
 
 

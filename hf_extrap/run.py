@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_extrap.configuration import Configuration
 from hf_extrap.figures import draw_curves
+from hf_extrap.optim.processes import let_gloo_finish
 from hf_extrap.results import CARD_FILE, CURVES_FILE, RunFolder, versions
 from hf_extrap.tasks.base import PreparedTask
 from hf_extrap.training.checkpoints import check_checkpoint_matches
@@ -134,6 +135,7 @@ def run(
         # Last: its presence says that the run is finished.
         folder.write_metrics(metrics)
     wait_for_everyone()
+    let_gloo_finish()
     if identical is False:
         raise RuntimeError(f"the processes ended with different parameters; see ranks_identical in {folder.path}.")
     return metrics
