@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .processes import rank_and_world_size
+from .shards import held, like
 
 if TYPE_CHECKING:
     from .extrapolated import Extrapolated
@@ -79,7 +79,7 @@ def _directions(optimizer: Extrapolated) -> dict[str, Any]:
     return {
         "owner": _owner(optimizer),
         "directions": {
-            f"{key}.{i}": _held(d)
+            f"{key}.{i}": held(d)
             for key, buffers in optimizer._memory.at_rest()
             for i, d in enumerate(buffers)
             if d is not None
@@ -104,12 +104,12 @@ def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     directions: dict[int, list[Tensor | None]] = {}
     for name, saved in state["directions"].items():
         key, index = (int(part) for part in name.split("."))
-        if index >= len(params) or saved.shape != _held(params[index]).shape:
+        if index >= len(params) or saved.shape != held(params[index]).shape:
             raise ValueError(
                 f"the saved direction of parameter {index} has shape {tuple(saved.shape)}, which no parameter of this "
                 "optimizer has in that place: the checkpoint belongs to another model."
             )
-        direction = _like(saved.detach().to(params[index].device, copy=True), params[index])
+        direction = like(params[index], saved.detach().to(params[index].device, copy=True))
         directions.setdefault(key, [None] * len(params))[index] = direction
     optimizer._memory.directions = directions
     device = params[0].device
@@ -117,20 +117,6 @@ def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
         int(key): torch.as_tensor(v).to(device, copy=True) for key, v in state["curvature"].items()
     }
     optimizer._cold_after_load = False
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(held: Tensor, param: Tensor) -> Tensor:
-    """The inverse of `_held`, for a tensor that is sharded as `param` is."""
-    if not isinstance(param, DTensor):
-        return held
-    return DTensor.from_local(
-        held, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
 
 
 def _is_own(optimizer: Extrapolated) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .config import STEP_SCALINGS
 from .directions import generator_for
+from .shards import held, whole
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -25,11 +25,6 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     each = torch._foreach_norm(wide)
     stacked = torch.stack([n.to(each[0].device) for n in each])
     return whole(stacked)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all of its shards; another one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scale_direction(
@@ -97,7 +92,7 @@ def displace_(
         step: η, a number, or a tensor of no dimension where reading it would make the host wait.
         seeds: of the rounding of each parameter.
     """
-    params, direction = [_shard(p) for p in params], [_shard(d) for d in direction]
+    params, direction = [held(p) for p in params], [held(d) for d in direction]
     coarse = [i for i, p in enumerate(params) if p.dtype == torch.bfloat16]
     for i in coarse:
         wide = params[i].float().sub_(direction[i].float() * step)
@@ -130,9 +125,4 @@ def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy bit for bit, list to list."""
     if targets:
-        torch._foreach_copy_([_shard(t) for t in targets], [_shard(s) for s in sources])
-
-
-def _shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor: moves are elementwise."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        torch._foreach_copy_([held(t) for t in targets], [held(s) for s in sources])

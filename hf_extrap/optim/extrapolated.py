@@ -192,10 +192,8 @@ class Extrapolated(LookingBack):
             with self._engine.probing() as backward:
                 with self._random_state_kept(), self._unaveraged(model), running_statistics_kept(model):
                     yield backward
-                if not by_hooks and not self._engine.steps_inside:
-                    self._memory.store(key, self._gradients(1 / self._grad_scale()))
-            if not by_hooks and self._engine.steps_inside:
-                self._memory.store(key, self._gradients(1 / self._grad_scale()))
+                if not by_hooks:
+                    self._memory.store(key, _times(self._engine.probed(), 1 / self._grad_scale()))
             if by_hooks:
                 self._memory.directions[key] = [d if i in filled else None for i, d in enumerate(direction)]
                 if not local:
@@ -268,7 +266,7 @@ class Extrapolated(LookingBack):
 
         Statistics want it whole; without this call `step` takes it as it finds it.
         """
-        self._observe(self._gradients(1 / self._grad_scale()), clipped=False)
+        self._observe(_times(self._engine.gradients(), 1 / self._grad_scale()), clipped=False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -286,11 +284,11 @@ class Extrapolated(LookingBack):
             return self._step_part()
         loss = self._evaluate(closure) if closure is not None else None
         self.rest()
-        if self.config.moves and not is_finite(self._gradients(1.0)):
+        gradients = self._engine.gradients()
+        if self.config.moves and not is_finite(gradients):
             self.discard()
             return loss
         self._base_trains()
-        gradients = self._gradients(1.0)
         self._observe(gradients, clipped=True)
         self._keep_x()
         if self._keeps_averaged_gradient:
@@ -332,7 +330,7 @@ class Extrapolated(LookingBack):
         if not taken:
             self.discard()
             return
-        gradients = self._gradients(1.0)
+        gradients = self._engine.gradients()
         self._observe(gradients, clipped=True)
         if self._keeps_averaged_gradient:
             self._memory.store(0, gradients)
@@ -467,3 +465,7 @@ class Extrapolated(LookingBack):
 
     def __repr__(self) -> str:
         return f"Extrapolated({self.base!r},\n{self.config!r}, virtual_workers={self.virtual_workers})"
+
+
+def _times(gradients: Buffers, factor: float) -> Buffers:
+    return [g if g is None or factor == 1 else g * factor for g in gradients]

@@ -79,9 +79,6 @@ class LookingBack(Moving):
         elif self.config.is_local:
             self._memory.turn_captured_into_directions()
 
-    def _gradients(self, unscale: float) -> Buffers:
-        return [g if g is None or unscale == 1 else g * unscale for g in self._engine.gradients()]
-
     def _grad_scale(self) -> float:
         scaler = self.grad_scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0

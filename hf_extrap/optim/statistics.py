@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .displacement import total_norm, whole
+from .displacement import total_norm
+from .shards import whole
 
 
 class StepStatistics:

@@ -26,6 +26,7 @@ class MixinBase(TrainerBase):
     model: nn.Module
     _carried: CarriedState
     _client_optimizer: Extrapolated | None = None
+    _connected_to: nn.Module | None = None
 
     @property
     def extrapolated(self) -> Extrapolated | None:
@@ -37,6 +38,22 @@ class MixinBase(TrainerBase):
             return optimizer
         # DeepSpeed has an optimizer of its own in that place, and calls ours.
         return self._client_optimizer if self.is_deepspeed_enabled else None
+
+    @property
+    def _has_engine(self) -> bool:
+        """Whether DeepSpeed or FSDP holds the parameters."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _connect(self, model: nn.Module) -> None:
+        """Let the wrapper meet its engine, once, before its state is loaded."""
+        if self.is_deepspeed_enabled and not hasattr(model, "zero_optimization_stage"):
+            raise ValueError(
+                f"deepspeed is given, but the model is a {type(model).__name__}: accelerate has fallen back to another "
+                "engine; allowed on the CPU: DS_ACCELERATOR=cpu, without ACCELERATE_USE_CPU."
+            )
+        if self._has_engine and self._connected_to is not model and (optimizer := self.extrapolated) is not None:
+            optimizer.connect(model)
+            self._connected_to = model
 
     def _pass_back(self, loss: Tensor, backward: Callable[[Tensor], None]) -> None:
         """A loss inside `probing`, which gave `backward`."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_extrap.figures import spoken
+from hf_extrap.optim.shards import is_sharded
 from hf_extrap.results import RunFolder
 
 
@@ -27,7 +27,7 @@ def parameter_checksum(model: nn.Module) -> str:
 
 def replicas_agree(model: nn.Module) -> bool | None:
     """Whether all processes hold bit-identical parameters, None where each holds a part of them; a collective call."""
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         return None
     return len(set(gather_object([parameter_checksum(model)]))) == 1
 

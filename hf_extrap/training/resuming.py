@@ -71,11 +71,7 @@ class ResumingMixin(MixinBase):
     @property
     def _is_alone(self) -> bool:
         """Whether directions travel in the optimizer's own file: one process, whose file it is."""
-        engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self.accelerator.num_processes == 1 and not engine
-
-    def _connect(self, model: nn.Module) -> None:
-        raise NotImplementedError
+        return self.accelerator.num_processes == 1 and not self._has_engine
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint_matches(resume_from_checkpoint, self.model)

@@ -70,7 +70,6 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
             self.model_accepts_loss_kwargs = False
         self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
         self._carried = CarriedState()
-        self._connected_to: nn.Module | None = None
         self._micro_batch = 0
         self._step_batches: list[Inputs] = []
         self._step_states: dict[str, Tensor] = {}
@@ -130,18 +129,6 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         model, dataloader = super()._prepare_for_training(*args, **kwargs)
         self._connect(model)
         return model, dataloader
-
-    def _connect(self, model: nn.Module) -> None:
-        """Let the wrapper meet its engine, once, before its state is loaded."""
-        if self.is_deepspeed_enabled and not hasattr(model, "zero_optimization_stage"):
-            raise ValueError(
-                f"deepspeed is given, but the model is a {type(model).__name__}: accelerate has fallen back to another "
-                "engine; allowed on the CPU: DS_ACCELERATOR=cpu, without ACCELERATE_USE_CPU."
-            )
-        engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if engine and self._connected_to is not model and (optimizer := self.extrapolated) is not None:
-            optimizer.connect(model)
-            self._connected_to = model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The stock training, also after an evaluation.

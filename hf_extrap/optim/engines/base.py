@@ -90,6 +90,10 @@ class Engine:
             for p, grad, content in zip(leaves, kept, contents, strict=True):
                 p.grad = grad if grad is None or content is None else grad.copy_(content)
 
+    def probed(self) -> Buffers:
+        """The averaged gradient of the passes inside `probing`, before it ends."""
+        return self.gradients()
+
     def average(self, direction: Sequence[Tensor | None]) -> None:
         """Average over the processes, in place, what the hooks have seen."""
 

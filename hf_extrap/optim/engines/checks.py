@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import ExtrapConfig
+from ..shards import is_sharded
 from .base import Engine
 from .hsdp import has_replicas
 
@@ -20,9 +21,7 @@ def check_scheme(config: ExtrapConfig, engine: Engine, base: Optimizer) -> None:
     Raises:
         ValueError: in one sentence that names the field and what is allowed.
     """
-    sharded = engine.is_sharded or any(
-        isinstance(p, DTensor) or type(p).__name__ == "FlatParameter" or hasattr(p, "ds_id") for p in engine.params()
-    )
+    sharded = engine.is_sharded or any(map(is_sharded, engine.params()))
     # Before connect, sharded parameters of several replicas may yet turn out to be HSDP's.
     has_own = engine.has_local_gradients or (type(engine) is Engine and has_replicas(base))
     if sharded and not has_own and config.is_local and config.direction != "none":

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from ..capture import GradientCapture
+from ..shards import like
 from .fsdp import FSDPEngine, ShardCapture
 
 
@@ -114,11 +115,7 @@ class ReplicaCapture(ShardCapture):
                 "reduce-scatter; allowed under local scope: no set_custom_reduce_scatter after optimizer.connect."
             )
         part = part.to(param.to_local())
-        mesh, placements = param.device_mesh, param.placements
-        self._see(
-            index,
-            DTensor.from_local(part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()),
-        )
+        self._see(index, like(param, part))
 
     def scattered(self, by: _KeepingReduceScatter) -> None:
         """A module's gradients have been reduced; the hooks on its parameters come next."""

@@ -103,8 +103,13 @@ class ZeRO3Engine(DeepSpeedEngine):
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
-        """See `Engine.probing`: DeepSpeed averages and divides the gradient, which is then taken out of its buffers."""
-        yield self._engine.backward
+        """See `Engine.probing`: a pass of DeepSpeed's, which averages and divides, and then starts anew."""
+        try:
+            yield self._engine.backward
+        finally:
+            self._zero.zero_grad()
+
+    def probed(self) -> Buffers:
+        """See `Engine.probed`: taken out of DeepSpeed's buffers."""
         gradients = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        self._gradient = {p.ds_id: gradients[p.ds_id].to(p.ds_tensor.device, copy=True) for p in self.leaves()}
-        self._zero.zero_grad()
+        return [self._as_dtensor(p, gradients[p.ds_id].to(p.ds_tensor.device)) for p in self.leaves()]
