@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent / "training"))
+sys.path[:0] = [str(Path(__file__).parent / name) for name in ("training", "distributed")]
 
 from tiny_trainer import train  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -19,10 +19,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 
 def main(folder: Path, preset: str, forced: bool) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.ops
-
-        # Its own extension for shared memory would have to be compiled first.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        import cpu_deepspeed  # noqa: F401
     if forced:
         from fsdp_on_cpu import force_fsdp
 

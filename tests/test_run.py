@@ -240,17 +240,6 @@ def test_an_error_in_two_processes_is_told_once(tiny_translation: Path, launch: 
     assert shown.count("hf-extrap: error: extrap preset is 'bogus'") == 1
 
 
-DEEPSPEED_ON_CPU = """
-import os
-os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed.ops
-# Its own extension for shared memory would have to be compiled first.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-from hf_extrap.cli import main
-raise SystemExit(main())
-"""
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "preset"), [(2, "extrap-past"), (3, "optimistic")])
 def test_deepspeed_trains_the_same_model(
@@ -267,9 +256,8 @@ def test_deepspeed_trains_the_same_model(
     }
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     words = ("--extrap", preset, "--dropout", "0")
-    (tmp_path / "deepspeed_on_cpu.py").write_text(DEEPSPEED_ON_CPU)
     launch(
-        tmp_path / "deepspeed_on_cpu.py",
+        Path(__file__).parent / "distributed" / "cpu_deepspeed.py",
         *("train", tiny_language_model, *words, "--output_dir", tmp_path / "zero"),
         *("--deepspeed", tmp_path / "zero.json"),
         processes=2,

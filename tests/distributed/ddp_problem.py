@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from plain_loop import BASES, Run, values, warm_up_and_decay
+from plain_loop import BASES, SCHEMES, Run, values, warm_up_and_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,18 +17,6 @@ from hf_extrap.optim.directions import noise
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import Loss, Trajectory, extrapolate
 
-SCHEMES = {
-    "none": ExtrapConfig.preset("none"),
-    "extrap": ExtrapConfig.preset("extrap", step_ratio=0.5),
-    "extrap, a layer's step": ExtrapConfig.preset("extrap"),
-    "extrap-past": ExtrapConfig.preset("extrap-past", step_ratio=0.5),
-    "extrap-past, a layer's step": ExtrapConfig.preset("extrap-past", step_size=0.5),
-    "extragradient": ExtrapConfig.preset("extragradient"),
-    "optimistic": ExtrapConfig.preset("optimistic"),
-    "past-update": ExtrapConfig.preset("past-update"),
-    "gaussian": ExtrapConfig.preset("gaussian", step_size=0.05),
-    "gaussian, shared": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global"),
-}
 LOCAL = [name for name, config in SCHEMES.items() if config.is_local and config.direction != "none"]
 
 

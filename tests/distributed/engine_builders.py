@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from engine_problem import Cell, Engine, make_problem
@@ -20,8 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.optim.extrapolated import Extrapolated
 
-# Its own extension for shared memory would have to be compiled first.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from plain_loop import BASES, warm_up_and_decay
+from plain_loop import CELLS as PLAIN
+from plain_loop import SCHEMES as SHARED
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,22 +23,16 @@ LOOKED_AT = 5
 """The step in the middle of which a run looks at y, and puts x back and y again."""
 
 SCHEMES = {
-    "none": ExtrapConfig.preset("none"),
-    "extrap": ExtrapConfig.preset("extrap", step_ratio=0.5),
-    "extrap-past": ExtrapConfig.preset("extrap-past", step_ratio=0.5),
-    "optimistic": ExtrapConfig.preset("optimistic"),
-    "extragradient": ExtrapConfig.preset("extragradient"),
-    "past-update": ExtrapConfig.preset("past-update"),
-    "gaussian": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global"),
+    **{n: SHARED[n] for n in ("none", "extrap", "extrap-past", "optimistic", "extragradient", "past-update")},
+    "gaussian": SHARED["gaussian, shared"],
     # Beyond the issue's list: other scalings, the curvature, windows, caps, noise of each worker's own.
-    "extrap, a layer's step": ExtrapConfig.preset("extrap"),
-    "extrap-past, a layer's step": ExtrapConfig.preset("extrap-past", step_size=0.5),
+    **{n: SHARED[n] for n in ("extrap, a layer's step", "extrap-past, a layer's step")},
     "optimistic, a layer's step": ExtrapConfig.preset("optimistic", scaling="layer_step", step_size=0.3),
-    "sam": ExtrapConfig.preset("sam"),
-    "sam, global": ExtrapConfig.preset("sam", scope="global"),
-    "gaussian, local": ExtrapConfig.preset("gaussian", step_size=0.05),
-    "extragradient, auto": ExtrapConfig.preset("extragradient", step_size="auto"),
-    "optimistic, auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=3, curvature_share=0.15),
+    "sam": PLAIN["sam"].config,
+    "sam, global": PLAIN["sam-global"].config,
+    "gaussian, local": SHARED["gaussian"],
+    "extragradient, auto": PLAIN["extragradient-auto"].config,
+    "optimistic, auto": PLAIN["optimistic-auto"].config,
     "optimistic, window": ExtrapConfig.preset("optimistic", start_step=3, end_step=15),
     "past-update, capped": ExtrapConfig.preset("past-update", max_displacement=0.3),
 }

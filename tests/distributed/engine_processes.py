@@ -5,7 +5,6 @@ torchrun ... engine_processes.py FOLDER few|all ENGINE...; process R leaves engi
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("optim", "training")]
 
+import cpu_deepspeed  # noqa: E402, F401
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

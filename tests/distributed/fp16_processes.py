@@ -5,22 +5,19 @@ A process leaves fp16_STAGE_R.pt: the final weights of each cell, and the steps 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+import cpu_deepspeed  # noqa: E402, F401
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from leaving import save_and_leave  # noqa: E402
 
 from hf_extrap import ExtrapConfig, Extrapolated  # noqa: E402
@@ -81,8 +78,6 @@ def train(preset: str, stage: int, power: int) -> tuple[Tensor, int, int]:
 
 
 def main(folder: Path, stage: int) -> None:
-    # Its own extension for shared memory would have to be compiled first.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = type(get_accelerator())
     accelerator.is_fp16_supported = lambda self: True
     accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from plain_loop import BASES, Run, make_batch, warm_up_and_decay
+from plain_loop import BASES, CELLS, Run, make_batch, warm_up_and_decay
+from plain_loop import SCHEMES as SHARED
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -17,19 +18,10 @@ from hf_extrap.optim.extrapolated import Extrapolated
 
 STEPS = 20
 SCHEMES = {
-    "none": ExtrapConfig.preset("none"),
-    "extrap": ExtrapConfig.preset("extrap", step_ratio=0.5),
-    "extrap, a layer's step": ExtrapConfig.preset("extrap"),
-    "extrap-past": ExtrapConfig.preset("extrap-past", step_ratio=0.5),
-    "extrap-past, a layer's step": ExtrapConfig.preset("extrap-past", step_size=0.5),
-    "extrap-auto": ExtrapConfig.preset("extrap", step_size="auto"),
-    "sam": ExtrapConfig.preset("sam"),
-    "extragradient": ExtrapConfig.preset("extragradient"),
-    "extragradient-auto": ExtrapConfig.preset("extragradient", step_size="auto"),
-    "optimistic": ExtrapConfig.preset("optimistic"),
-    "past-update": ExtrapConfig.preset("past-update"),
-    "gaussian": ExtrapConfig.preset("gaussian", step_size=0.05),
-    "gaussian, shared": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global"),
+    **SHARED,
+    "extrap-auto": CELLS["extrap-auto"].config,
+    "sam": CELLS["sam"].config,
+    "extragradient-auto": CELLS["extragradient-auto"].config,
     "gaussian, unscaled": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global", scaling="none"),
 }
 Batch = Callable[[int, int, int], tuple[Tensor, Tensor]]

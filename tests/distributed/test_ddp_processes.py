@@ -24,11 +24,9 @@ Seen = list[dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> Seen:
+def seen(tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]) -> Seen:
     """What the two processes saw, by job."""
-    folder = tmp_path_factory.mktemp("ddp")
-    launch(Path(__file__).parent / "ddp_processes.py", folder, processes=2)
-    return [torch.load(folder / f"ddp_{rank}.pt", weights_only=True) for rank in range(2)]
+    return launch_here("ddp_processes.py", tmp_path_factory.mktemp("ddp"), left="ddp")
 
 
 def of_job(seen: Seen, job: Job) -> list[dict[str, Any]]:

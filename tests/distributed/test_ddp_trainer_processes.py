@@ -24,11 +24,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> list[dict[str, Any]]:
+def seen(tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw."""
-    folder = tmp_path_factory.mktemp("ddp_trainer")
-    launch(Path(__file__).parent / "ddp_trainer_processes.py", folder, processes=2)
-    return [torch.load(folder / f"ddp_trainer_{rank}.pt", weights_only=True) for rank in range(2)]
+    return launch_here("ddp_trainer_processes.py", tmp_path_factory.mktemp("ddp_trainer"), left="ddp_trainer")
 
 
 def textbook(preset: str, workers: list[list[list[Tensor]]]) -> Tensor:

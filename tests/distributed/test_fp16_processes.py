@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +20,11 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module", params=PRESETS, ids="stage {}".format)
 def seen(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]
 ) -> tuple[int, list[dict[str, Any]]]:
     """The stage, and what its two processes saw."""
     stage, folder = request.param, tmp_path_factory.mktemp("fp16")
-    launch(Path(__file__).parent / "fp16_processes.py", folder, str(stage), processes=2)
-    return stage, [torch.load(folder / f"fp16_{stage}_{rank}.pt", weights_only=True) for rank in range(2)]
+    return stage, launch_here("fp16_processes.py", folder, str(stage), left=f"fp16_{stage}")
 
 
 def alone(preset: str) -> Tensor:

@@ -23,11 +23,9 @@ Seen = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> Seen:
+def seen(tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]) -> Seen:
     """What each of the two processes saw."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    launch(Path(__file__).parent / "fsdp_processes.py", folder, processes=2)
-    return [torch.load(folder / f"fsdp_{rank}.pt", weights_only=True) for rank in range(2)]
+    return launch_here("fsdp_processes.py", tmp_path_factory.mktemp("fsdp"), left="fsdp")
 
 
 def gathered(ranks: list[dict[str, Any]]) -> Run:

@@ -25,11 +25,9 @@ Seen = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> Seen:
+def seen(tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]) -> Seen:
     """What each of the four processes saw: two replica groups, 0 and 1, 2 and 3."""
-    folder = tmp_path_factory.mktemp("hsdp")
-    launch(Path(__file__).parent / "hsdp_processes.py", folder, processes=4)
-    return [torch.load(folder / f"hsdp_{rank}.pt", weights_only=True) for rank in range(4)]
+    return launch_here("hsdp_processes.py", tmp_path_factory.mktemp("hsdp"), left="hsdp", processes=4)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)

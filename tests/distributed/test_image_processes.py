@@ -20,11 +20,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw."""
-    folder = tmp_path_factory.mktemp("images")
-    launch(Path(__file__).parent / "image_processes.py", folder, processes=2)
-    return [torch.load(folder / f"images_{rank}.pt", weights_only=True) for rank in range(2)]
+    return launch_here("image_processes.py", tmp_path_factory.mktemp("images"), left="images")
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -24,10 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, launch: Callable[..., str]) -> list[dict[str, Any]]:
+def ranks(folder: Path, launch_here: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw."""
-    launch(Path(__file__).parent / "local_sgd_processes.py", folder, processes=2)
-    return [torch.load(folder / f"local_{rank}.pt", weights_only=True) for rank in range(2)]
+    return launch_here("local_sgd_processes.py", folder, left="local")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

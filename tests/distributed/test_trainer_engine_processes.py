@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=PRESETS)
-def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
+def ranks(request: pytest.FixtureRequest, folder: Path, launch_here: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw under one engine."""
     engine = request.param
-    script = str(Path(__file__).parent / "trainer_engine_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [*command, str(folder / engine), engine],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    seen = [torch.load(folder / engine / f"{engine}_{rank}.pt", weights_only=True) for rank in range(2)]
-    for rank in range(2):
-        seen[rank]["engine"] = engine
-    return seen
+    seen = launch_here("trainer_engine_processes.py", folder / engine, engine, left=engine)
+    return [{**rank, "engine": engine} for rank in seen]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[str, Any]]:
+def ranks(folder: Path, launch_here: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw."""
     train(folder / "alone", extrap="extrap-past", max_steps=3, **COMMON, **SAVING)
-    script = str(Path(__file__).parent / "trainer_processes.py")
-    checkpoint = str(folder / "alone" / "checkpoint-3")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [*command, script, str(folder), checkpoint],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    return launch_here("trainer_processes.py", folder, folder / "alone" / "checkpoint-3", left="rank")
 
 
 def test_replicas_end_bit_identical(ranks: list[dict[str, Any]]) -> None:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any, cast
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-
-import deepspeed
-import deepspeed.ops
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -20,19 +14,14 @@ from transformers import Trainer, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+import cpu_deepspeed  # noqa: E402, F401
+import deepspeed  # noqa: E402
 from fsdp_on_cpu import force_fsdp  # noqa: E402
+from kept_warnings import Warnings  # noqa: E402
 from leaving import save_and_leave  # noqa: E402
 from tiny_trainer import gpt2, make, train  # noqa: E402
+from trainer_processes import COMMON  # noqa: E402
 
-# Its own extension for shared memory would have to be compiled first.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-COMMON: dict[str, Any] = {
-    "train_sampling_strategy": "sequential",
-    "max_grad_norm": 0.5,
-    "sgd_momentum": 0.9,
-    "sgd_nesterov": True,
-}
 GLOBAL = ["none", "extragradient", "optimistic", "past-update"]
 PRESETS = {
     "zero0": [*GLOBAL, "extrap", "extrap-past"],
@@ -42,17 +31,6 @@ PRESETS = {
 }
 RESUMED = {"zero0": "extrap-past", "zero2": "extrap-past", "zero3": "optimistic", "fsdp2": "optimistic"}
 OWN: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
-
-
-class Warnings(logging.Handler):
-    """Keeps the warnings of the package."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 class StopAfter(TrainerCallback):
@@ -68,7 +46,6 @@ class StopAfter(TrainerCallback):
 
 def main(folder: Path, engine: str) -> None:
     warnings = Warnings()
-    logging.getLogger("hf_extrap").addHandler(warnings)
     seen: dict[str, Any] = {}
     fields = fsdp() if engine == "fsdp2" else {"deepspeed": zero(engine)}
     for preset in PRESETS[engine]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
+from kept_warnings import Warnings  # noqa: E402
 from leaving import save_and_leave  # noqa: E402
 from tiny_trainer import gpt2, make, marian, train, weights  # noqa: E402
 
@@ -28,20 +28,8 @@ MEASURED: dict[str, Any] = {"extrap": "extrap-past", "eval_strategy": "steps", "
 EQUIVALENT = [name for name in PRESETS if name not in ("gaussian", "smoothout")]
 
 
-class Warnings(logging.Handler):
-    """Keeps the warnings of the package."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def main(folder: Path, single_process_checkpoint: str) -> None:
     warnings = Warnings()
-    logging.getLogger("hf_extrap").addHandler(warnings)
     seen: dict[str, Any] = {}
     for preset in EQUIVALENT:
         for steps in (1, 2):

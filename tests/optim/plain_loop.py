@@ -124,6 +124,16 @@ CELLS: dict[str, Cell] = {
 }
 
 
+SCHEMES: dict[str, ExtrapConfig] = {
+    **{n: CELLS[n].config for n in ("none", "extrap", "extrap-past", "extragradient", "optimistic", "past-update")},
+    "extrap, a layer's step": ExtrapConfig.preset("extrap"),
+    "extrap-past, a layer's step": CELLS["extrap-past-layer-step"].config,
+    "gaussian": ExtrapConfig.preset("gaussian", step_size=0.05),
+    "gaussian, shared": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global"),
+}
+"""Those that the tests of every engine run."""
+
+
 @dataclass
 class Run:
     """The iterates x_0 … x_T, and the points y by step and worker, each a list of tensors."""
