@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_extrap import ExtrapConfig, Extrapolated
+from hf_extrap.optim.processes import let_gloo_finish
 
 CONTEXT, BATCH = 16, 256
 
@@ -79,7 +80,7 @@ def main() -> None:
     if rank == 0:
         print(f"{type(engine).__name__}, stage {engine.zero_optimization_stage()}, {dist.get_world_size()} processes")
         print(f"loss at x, before: {first:.3f}, after {given.steps} steps: {last:.3f}")
-    dist.barrier()
+    let_gloo_finish()
     dist.destroy_process_group()
 
 

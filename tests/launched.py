@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent / name) for name in ("training", "distributed")]
 
+from leaving import leave  # noqa: E402
 from tiny_trainer import train  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
@@ -40,6 +41,7 @@ def main(folder: Path, preset: str, forced: bool) -> None:
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
     (folder / f"rank_{trainer.args.process_index}.json").write_text(json.dumps(seen))
+    leave()
 
 
 if __name__ == "__main__":

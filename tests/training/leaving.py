@@ -12,11 +12,18 @@ import torch.distributed as dist
 
 
 def save_and_leave(seen: dict[str, Any], folder: Path, name: str) -> NoReturn:
-    """Save to `name`_R.pt in the folder, R the process, and end the process once all have.
-
-    Gloo has been seen to hang when models wrapped for DDP outlive the process group: it is not taken down.
-    """
+    """Save to `name`_R.pt in the folder, R the process, and leave."""
     torch.save(seen, folder / f"{name}_{dist.get_rank()}.pt")
-    dist.barrier()
+    leave()
+
+
+def leave() -> NoReturn:
+    """End the process once all have come here, without taking anything down.
+
+    At the interpreter's end gloo has been seen to hang, when models wrapped for DDP outlive the process group, and to
+    abort ("terminate called without an active exception").
+    """
+    if dist.is_initialized():
+        dist.barrier()
     sys.stdout.flush()
     os._exit(0)
