@@ -92,6 +92,7 @@ class BatchedWorkers:
         captures = config.captures(step)
         # Spent directions are not written to again: their memory serves this pass.
         memory.captured.clear()
+        memory.spares.clear()
         try:
             points, stacked = self._points_of(len(batches), captures or optimizer.collect_statistics)
             losses, gradients = self._pass(points, stacked, batches)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .spares import Spares
+
 
 class GradientCapture:
     """Copies each parameter's gradient as backward makes it, and keeps the squared norm of every pass.
@@ -24,6 +26,8 @@ class GradientCapture:
         self._filled: set[int] = set()
         self._scale = 1.0
         self._dtype: torch.dtype | None = None
+        self.spares = Spares()
+        """Where new buffers come from."""
         self.listening = False
         """Whether gradients that come belong to a step in progress."""
         self.seen = False
@@ -96,7 +100,7 @@ class GradientCapture:
             return
         buffer = self._into[index]
         if buffer is None:
-            buffer = self._into[index] = torch.empty_like(grad, dtype=self._dtype or grad.dtype)
+            buffer = self._into[index] = self.spares.take(index, grad, self._dtype)
         if index in self._filled:
             buffer.add_(grad, alpha=self._scale)
         else:

@@ -116,7 +116,7 @@ def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     optimizer._sizes.curvature = {
         int(key): torch.as_tensor(v).to(device, copy=True) for key, v in state["curvature"].items()
     }
-    optimizer._cold_after_load = False
+    optimizer._cold_after_load = optimizer.config.is_past and not directions
 
 
 def _is_own(optimizer: Extrapolated) -> bool:

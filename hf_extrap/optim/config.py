@@ -39,6 +39,11 @@ class ExtrapConfig:
         direction_dtype: the type in which directions are stored; None keeps that of the parameters.
         direction_device: `cpu` keeps stored directions in the host's memory, pinned where the parameters are on a GPU,
             and brings back one worker's at a time; None keeps them beside the parameters.
+        swap: let a parameter point to the memory of y and then back to its own, in place of copying x: no copy is made,
+            and y lies over its spent direction. None swaps on the CPU alone, since a CUDA graph reads the addresses
+            that it was recorded with. Parameters that share memory, or whose engine owns it, are copied in any case.
+        check_finite: give up a step whose averaged gradient is not finite, for which the host waits for the device once
+            a step; without, such a gradient goes into x, as it does with the base optimizer alone.
         seed: of the noise and of stochastic rounding.
 
     Parameters that control the length of the move:
@@ -77,6 +82,8 @@ class ExtrapConfig:
     end_step: int | None = None
     direction_dtype: DirectionDtype | None = None
     direction_device: DirectionDevice | None = None
+    swap: bool | None = None
+    check_finite: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,9 +102,11 @@ class ExtrapConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {_listed(choices)}.")
-        for name in ("ascent", "anneal", "precondition"):
+        for name in ("ascent", "anneal", "precondition", "check_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: true, false.")
+        if self.swap is not None and not isinstance(self.swap, bool):
+            raise ValueError(f"swap is {self.swap!r}; allowed: true, false, none.")
 
     def _check_numbers(self) -> None:
         if not (_is_number(self.batch_fraction) and 0 < self.batch_fraction <= 1):

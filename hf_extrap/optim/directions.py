@@ -56,27 +56,39 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def differences(before: Mapping[int, Tensor], params: Sequence[Tensor]) -> dict[int, Tensor]:
+    """x_{t−1} − x_t by the index of the parameter, in at least float32: written over x_{t−1} where its type allows it.
+
+    Args:
+        before: x_{t−1} by index.
+        params: x_t.
+    """
+    return {
+        i: x.sub_(params[i]) if x.dtype in (torch.float32, torch.float64) else x.float().sub_(params[i])
+        for i, x in before.items()
+    }
+
+
 def last_update(
     groups: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]],
     stepped: Sequence[bool],
-    x: Mapping[int, Tensor],
+    difference: Mapping[int, Tensor],
     learning_rate: Callable[[Mapping[str, Any]], float],
 ) -> list[Tensor | None]:
-    """(x_{t−1} − x_t) / lr, the base optimizer's own direction; None for what was not stepped.
+    """(x_{t−1} − x_t) / lr, the base optimizer's own direction, written over the difference; None for what was not
+    stepped.
 
     Args:
-        groups: options of the optimizer, and the parameters stepped with them, which hold x_t.
+        groups: options of the optimizer, and the parameters stepped with them.
         stepped: whether each parameter was.
-        x: x_{t−1} by the index of the parameter among all groups.
+        difference: x_{t−1} − x_t by the index of the parameter among all groups.
         learning_rate: of a group, from its options.
     """
     update: list[Tensor | None] = []
     for options, params in groups:
         rate = learning_rate(options)
-        for p in params:
-            before = x.get(len(update))
-            if before is None or not stepped[len(update)] or rate == 0:
-                update.append(None)
-            else:
-                update.append(before.to(torch.promote_types(p.dtype, torch.float32)).sub(p).div_(rate))
+        for _ in params:
+            change = difference.get(len(update))
+            keeps = change is not None and stepped[len(update)] and rate != 0
+            update.append(change.div_(rate) if keeps and change is not None else None)
     return update

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .config import STEP_SCALINGS
 from .directions import generator_for
 from .shards import held, whole
 
 _TINY = torch.finfo(torch.float32).tiny
+_EXACT = (torch.float32, torch.float64)
+_PIECE = 1 << 16
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -19,17 +22,34 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(norms(tensors)) if tensors else torch.zeros(())
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of each tensor, as a tensor with one element for each, in at least float32."""
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    each = torch._foreach_norm(wide)
-    stacked = torch.stack([n.to(each[0].device) for n in each])
-    return whole(stacked)
+def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
+    """The Euclidean norm of each tensor, as a tensor with one element for each, in at least float32, and float64 where
+    any of them, or of `like`, is."""
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in (*tensors, *like)) else torch.float32
+    each = torch._foreach_norm(list(tensors), dtype=wide)
+    return whole(torch.stack([n.to(each[0].device) for n in each]))
+
+
+def distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each a − b, as `norms`; `a` may be overwritten.
+
+    On the CPU the differences of a piece at a time stay in its cache: each tensor is read once, and nothing written.
+    """
+    if any(t.device.type != "cpu" or isinstance(t, DTensor) or t.dtype not in _EXACT for t in a):
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in a]
+        torch._foreach_sub_(wide, list(b))
+        return norms(wide)
+    lengths = []
+    for x, y in zip(a, b, strict=True):
+        pieces = zip(x.reshape(-1).split(_PIECE), y.reshape(-1).split(_PIECE), strict=True)
+        parts = [torch.linalg.vector_norm(torch.sub(u, v)) for u, v in pieces]
+        lengths.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
+    return torch.stack(lengths)
 
 
 def scale_direction(
     scaling: str, direction: Sequence[Tensor], x: Sequence[Tensor], last_step: Tensor | None = None
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor | None]:
     """S(d, x) of the algorithm: the direction in the units that the step size is given in.
 
     Args:
@@ -43,26 +63,27 @@ def scale_direction(
         last_step: ‖Δx‖ of each tensor, one dimension; for `step` also of tensors that have no direction.
 
     Returns:
-        New tensors, or those of `direction` itself for `none`. A zero direction stays zero.
+        Tensors, and the factor of each, one dimension, that makes them S(d, x); None for 1. The tensors are those of
+        `direction` itself wherever a number for each will do. A zero direction stays zero.
     """
     if scaling == "none":
-        return list(direction)
-    direction = [d.to(torch.promote_types(p.dtype, torch.float32)) for d, p in zip(direction, x, strict=True)]
+        return list(direction), None
+    if scaling in ("filter", "adaptive"):
+        wide = [d.to(torch.promote_types(p.dtype, torch.float32)) for d, p in zip(direction, x, strict=True)]
+        if scaling == "filter":
+            return [_by_filter(d, p) for d, p in zip(wide, x, strict=True)], None
+        norm = total_norm([p * d for d, p in zip(wide, x, strict=True)]).clamp_min(_TINY)
+        return [p.square().mul(d).div_(norm) for d, p in zip(wide, x, strict=True)], None
+    lengths = norms(direction, like=x)
+    if scaling in ("norm", "step"):
+        lengths = torch.linalg.vector_norm(lengths).expand(len(direction))
     if scaling == "norm":
-        norm = total_norm(direction).clamp_min(_TINY)
-        return [d / norm for d in direction]
-    if scaling == "adaptive":
-        norm = total_norm([p * d for d, p in zip(direction, x, strict=True)]).clamp_min(_TINY)
-        return [p.square() * d / norm for d, p in zip(direction, x, strict=True)]
-    if scaling in STEP_SCALINGS:
-        assert last_step is not None
-        lengths = norms(direction)
-        if scaling == "step":
-            last_step, lengths = torch.linalg.vector_norm(last_step), torch.linalg.vector_norm(lengths)
-        factors = (last_step.to(lengths) / lengths.clamp_min(_TINY)).expand(len(direction))
-        return [d * factor.to(d) for d, factor in zip(direction, factors.unbind(), strict=True)]
-    relative = {"layer": _by_tensor, "filter": _by_filter}[scaling]
-    return [relative(d, p) for d, p in zip(direction, x, strict=True)]
+        return list(direction), lengths.clamp_min(_TINY).reciprocal()
+    if scaling == "layer":
+        return list(direction), norms(x).to(lengths) / lengths.clamp_min(_TINY)
+    assert scaling in STEP_SCALINGS and last_step is not None
+    wanted = torch.linalg.vector_norm(last_step) if scaling == "step" else last_step
+    return list(direction), wanted.to(lengths) / lengths.clamp_min(_TINY)
 
 
 def _by_tensor(direction: Tensor, x: Tensor) -> Tensor:
@@ -78,35 +99,34 @@ def _by_filter(direction: Tensor, x: Tensor) -> Tensor:
     return direction * (torch.linalg.vector_norm(x.to(direction.dtype), dim=rest, keepdim=True) / norm)
 
 
-def displace_(
-    params: Sequence[Tensor], direction: Sequence[Tensor], step: float | Tensor, seeds: Sequence[tuple[object, ...]]
+def displace(
+    params: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    steps: Sequence[float | Tensor],
+    out: Sequence[Tensor],
+    seeds: Sequence[tuple[object, ...]],
 ) -> None:
-    """x − step · d in place, in one pass over memory.
+    """x − step · d, in one pass over memory: x and d are read, y is written.
 
     A bfloat16 parameter has eight bits: most displacements are below half of its last one, and rounding to nearest
     would undo them. Such parameters are rounded up or down at random, so that the expectation of y is right.
 
     Args:
-        params: x, overwritten by y.
-        direction: S(d, x), of the same shapes.
-        step: η, a number, or a tensor of no dimension where reading it would make the host wait.
+        params: x.
+        direction: of the same shapes.
+        steps: η times the factor of `scale_direction`, for each: numbers, or tensors of no dimension where reading them
+            would make the host wait.
+        out: where y goes: x or d themselves, or other memory of the type of x.
         seeds: of the rounding of each parameter.
     """
-    params, direction = [held(p) for p in params], [held(d) for d in direction]
-    coarse = [i for i, p in enumerate(params) if p.dtype == torch.bfloat16]
-    for i in coarse:
-        wide = params[i].float().sub_(direction[i].float() * step)
-        generator = generator_for(wide.device, *seeds[i])
-        params[i].copy_(stochastic_round(wide, generator))
-    if len(coarse) == len(params):
-        return
-    exact = [p for p in params if p.dtype != torch.bfloat16]
-    moves = [d.to(p.dtype) for d, p in zip(direction, params, strict=True) if p.dtype != torch.bfloat16]
-    if isinstance(step, Tensor):
-        for p, d in zip(exact, moves, strict=True):
-            p.addcmul_(d, step.to(p), value=-1)
-    else:
-        torch._foreach_add_(exact, moves, alpha=-step)
+    for p, d, step, y, seed in zip(map(held, params), map(held, direction), steps, map(held, out), seeds, strict=True):
+        if p.dtype == torch.bfloat16:
+            wide = p.float().sub_(d.float() * step)
+            y.copy_(stochastic_round(wide, generator_for(wide.device, *seed)))
+        elif isinstance(step, Tensor):
+            torch.addcmul(p, d.to(p.dtype), step.to(p), value=-1, out=y)
+        else:
+            torch.add(p, d.to(p.dtype), alpha=-step, out=y)
 
 
 def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from .base_iterate import BaseIterate
 from .batch_norm import running_statistics_kept
 from .capture import GradientCapture
 from .config import ExtrapConfig
+from .displacement import copy_
 from .engines import Engine, check_known, check_scheme, engine_of
 from .looking_back import LookingBack
 from .memory import Buffers, DirectionMemory, is_finite
@@ -121,6 +122,7 @@ class Extrapolated(LookingBack):
         self._given = []
         self._start()
         self._capture = self._engine.capture()
+        self._capture.spares = self._memory.spares
         check_scheme(self.config, self._engine, self.base)
         self._engine.follow(self._before_engine_step, self._after_engine_step)
         # Some engines take a step without gradients when they start.
@@ -128,13 +130,16 @@ class Extrapolated(LookingBack):
 
     def _start(self) -> None:
         """What holds within one step and is never saved."""
-        self._x = BaseIterate()
+        self._x = BaseIterate(self._memory.spares)
+        self._before: dict[int, Tensor] = {}
         self._capture = GradientCapture()
+        self._capture.spares = self._memory.spares
         self._noted = StepStatistics()
         self._worker = 0
         self._probed: set[int] = set()
         self._pending_probe = False
         self._probing = False
+        self._only_looks = False
         self._observed = False
         self._lengths: dict[int, Tensor] = {}
         self._first_scale: float | None = None
@@ -175,7 +180,7 @@ class Extrapolated(LookingBack):
         """
         key = self._key(self._select(worker))
         check_known(self._engine, self._given)
-        self.rest()
+        self._rest(keep=self._x.at == key)
         self._base_trains()
         leaves, local = self._engine.leaves(), self.config.is_local
         by_hooks = local or self._engine.probes_by_hooks
@@ -232,27 +237,45 @@ class Extrapolated(LookingBack):
         self._sizes.follow([options for options, _ in self._engine.groups()])
         if self._first_scale is None:
             self._first_scale = self._grad_scale()
-        # An engine that clips by itself tells by how much.
+        if self.config.is_active(self.step_count) and self._x.at != key:
+            if self.config.probes(self.step_count) and key not in self._probed:
+                raise RuntimeError(
+                    f"direction {self.config.direction!r} needs a gradient at x first: "
+                    "`if optimizer.wants_probe: with optimizer.probing(): loss.backward()` before optimizer.train()."
+                )
+            self._move(key)
+        # After the move, which frees memory. An engine that clips by itself tells by how much.
         if self.config.captures(self.step_count) or (self._measures and not self._engine.steps_inside):
             buffers, filled = self._memory.start_capture(key, len(self._params()))
             unscale = self._unscale() if self.config.is_local else 1 / self._grad_scale()
             self._capture.into(buffers, filled, unscale, self._memory.dtype)
-        if not self.config.is_active(self.step_count) or self._x.at == key:
-            return
-        if self.config.probes(self.step_count) and key not in self._probed:
-            raise RuntimeError(
-                f"direction {self.config.direction!r} needs a gradient at x first: "
-                "`if optimizer.wants_probe: with optimizer.probing(): loss.backward()` before optimizer.train()."
-            )
-        self._move(key)
+
+    @contextmanager
+    def looking(self, worker: int | None = None) -> Iterator[None]:
+        """Between two steps: inside, the parameters hold the y that the worker's next step would look from.
+
+        Nothing of it is left behind, and no direction is spent. A fresh direction comes from `probing` before.
+        """
+        collect, self.collect_statistics = self.collect_statistics, False
+        self._only_looks = True
+        try:
+            self.train(worker)
+            yield
+        finally:
+            self._rest()
+            self.reset_step()
+            self._only_looks, self.collect_statistics = False, collect
 
     def rest(self) -> None:
         """Put x back; within the step, `train` finds the same y again. Gradients that come until then are nobody's."""
+        self._rest(keep=self._x.at not in (None, NOWHERE))
+
+    def _rest(self, keep: bool = False) -> None:
         self._capture.stop()
-        if self._x.moved:
-            self._x.restore(self._params())
+        moved = bool(self._x.moved)
+        self._x.restore(self._params(), keep)
+        if moved:
             self._engine.moved()
-        self._x.at = None
 
     def eval(self) -> None:
         """Put x back, and put a base optimizer that has modes into its evaluation mode."""
@@ -272,7 +295,8 @@ class Extrapolated(LookingBack):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Put x back, then let the base optimizer step with the gradients.
 
-        A gradient that is not finite leaves x and the base optimizer's state as they are, and drops past directions.
+        A gradient that is not finite leaves x and the base optimizer's state as they are, and drops past directions
+        (`check_finite`).
 
         Args:
             closure: for loops that are written with one; it is evaluated at y, and at x before where the step probes.
@@ -283,9 +307,9 @@ class Extrapolated(LookingBack):
         if self._engine.steps_inside:
             return self._step_part()
         loss = self._evaluate(closure) if closure is not None else None
-        self.rest()
+        self._rest()
         gradients = self._engine.gradients()
-        if self.config.moves and not is_finite(gradients):
+        if self.config.moves and self.config.check_finite and not is_finite(gradients):
             self.discard()
             return loss
         self._base_trains()
@@ -301,7 +325,10 @@ class Extrapolated(LookingBack):
 
     def _keep_x(self) -> None:
         if self._needs_step_length or self.config.direction == "past_update":
-            self._x.keep(self._params(), (i for i, p in enumerate(self._engine.leaves()) if p.requires_grad))
+            params = self._params()
+            indices = [i for i, p in enumerate(self._engine.leaves()) if p.requires_grad]
+            self._before = {i: self._memory.spares.take(i, params[i].detach()) for i in indices}
+            copy_(list(self._before.values()), [params[i] for i in indices])
 
     def _end_step(self, stepped: Sequence[bool]) -> None:
         self._look_back(stepped)
@@ -311,7 +338,7 @@ class Extrapolated(LookingBack):
     # A step inside an engine's
 
     def _before_engine_step(self, ends: bool) -> None:
-        self.rest()
+        self._rest(keep=not ends and self._x.at not in (None, NOWHERE))
         if ends and self._engine.steps_inside:
             self._keep_x()
         elif ends and self.collect_statistics:
@@ -344,7 +371,7 @@ class Extrapolated(LookingBack):
             self.step_count,
             self.skipped_steps,
         )
-        self._memory.directions.clear()
+        self._memory.drop_directions()
         self.reset_step()
 
     def reset_step(self) -> None:
@@ -354,6 +381,7 @@ class Extrapolated(LookingBack):
         self._noted = StepStatistics()
         self._capture.forget()
         self._memory.forget_captured()
+        self._x.forget()
         self._probed.clear()
         self._pending_probe = False
         self._worker = 0
@@ -447,7 +475,7 @@ class Extrapolated(LookingBack):
 
     def __getstate__(self) -> dict[str, Any]:
         self.rest()
-        within_step = {*vars(Extrapolated._blank()), "step", "_engine", "_given"}
+        within_step = {*vars(Extrapolated._blank()), "step", "_engine", "_given"} - {"_memory"}
         return {k: v for k, v in self.__dict__.items() if k not in within_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -460,6 +488,7 @@ class Extrapolated(LookingBack):
     @staticmethod
     def _blank() -> Extrapolated:
         blank = object.__new__(Extrapolated)
+        blank._memory = DirectionMemory(None)
         blank._start()
         return blank
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .directions import last_update
-from .displacement import norms, total_norm
+from .directions import differences, last_update
+from .displacement import distances, norms, total_norm
 from .memory import Buffers
 from .moving import Moving
 from .statistics import clipping_factor, cosine, shrinking
@@ -65,19 +65,31 @@ class LookingBack(Moving):
         if self._measures and self.config.is_local:
             for worker in self._probed.intersection(self._memory.captured_workers()):
                 self._measure(worker, self._memory.captured_of(worker))
-        if self._needs_step_length:
-            params = self._params()
-            lengths = norms([x.sub(params[i]) for i, x in self._x.kept.items()])
-            self._last_step = lengths.new_zeros(len(params)).index_copy_(
-                0, torch.tensor(list(self._x.kept), device=lengths.device), lengths
-            )
-            self._noted.note("step_length", torch.linalg.vector_norm(lengths))
-        if not self.config.is_past or not self.config.is_active(self.step_count + 1):
-            self._memory.directions.clear()
-        elif self.config.direction == "past_update":
-            self._memory.store(0, last_update(self._engine.groups(), stepped, self._x.kept, self._sizes.learning_rate))
-        elif self.config.is_local:
+        goes_on = self.config.is_past and self.config.is_active(self.step_count + 1)
+        if not goes_on:
+            self._memory.drop_directions()
+        self._look_at_step(stepped, goes_on)
+        if goes_on and self.config.is_local:
             self._memory.turn_captured_into_directions()
+
+    def _look_at_step(self, stepped: Sequence[bool], goes_on: bool) -> None:
+        """The lengths of the step from x before to x now, and the step itself where the next one looks along it."""
+        before, self._before = self._before, {}
+        params, by_update = self._params(), goes_on and self.config.direction == "past_update"
+        change = differences(before, params) if by_update else before
+        if self._needs_step_length:
+            now = [params[i] for i in change]
+            lengths = norms(list(change.values())) if by_update else distances(list(change.values()), now)
+            self._noted.note("step_length", torch.linalg.vector_norm(lengths))
+            each = dict(zip(change, lengths.unbind(), strict=True))
+            nothing = lengths.new_zeros(())
+            self._last_step = torch.stack([each.get(i, nothing) for i in range(len(params))])
+        if by_update:
+            update = last_update(self._engine.groups(), stepped, change, self._sizes.learning_rate)
+            self._memory.take_over(0, update)
+        else:
+            for i, spent in before.items():
+                self._memory.spares.give(i, spent)
 
     def _grad_scale(self) -> float:
         scaler = self.grad_scaler

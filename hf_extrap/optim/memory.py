@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .displacement import total_norm
+from .spares import Spares
 
 Buffers = list[Tensor | None]
 
@@ -23,6 +24,9 @@ class DirectionMemory:
     Attributes:
         directions: d of each worker; worker 0 has that of all in global scope.
         captured: what hooks have copied of this step's own gradients, valid where `filled` says so.
+        spent: workers whose direction has given its memory away in this step.
+        spares: the memory that circulates between directions, gradients, x and y: K + 1 tensors of each parameter for K
+            workers with past directions.
     """
 
     def __init__(self, dtype: torch.dtype | None, on_host: bool = False) -> None:
@@ -31,6 +35,8 @@ class DirectionMemory:
         self._directions: MutableMapping[int, Buffers] = HostStore() if on_host else {}
         self.captured: MutableMapping[int, Buffers] = HostStore() if on_host else {}
         self.filled: dict[int, set[int]] = {}
+        self.spent: set[int] = set()
+        self.spares = Spares()
 
     @property
     def directions(self) -> MutableMapping[int, Buffers]:
@@ -55,10 +61,24 @@ class DirectionMemory:
         filled = self.filled.setdefault(worker, set())
         return (_of_size if filled else _blank)(self.captured, worker, size), filled
 
+    def spend(self, worker: int) -> None:
+        """The worker's direction has been used for the last time: whoever asked for it has its tensors now."""
+        del self._directions[worker]
+        self.spent.add(worker)
+
+    def drop_directions(self) -> None:
+        """Forget all directions; their memory is spare."""
+        for buffers in () if self.on_host else self._directions.values():
+            self._give(buffers)
+        self._directions.clear()
+
     def forget_captured(self) -> None:
         """Start a step; memory is kept."""
-        for filled in self.filled.values():
+        self.spent.clear()
+        for worker, filled in self.filled.items():
             filled.clear()
+            if not self.on_host:
+                self._give(self.captured.pop(worker, []))
 
     def captured_of(self, worker: int) -> Buffers:
         """This step's gradients of a worker."""
@@ -71,18 +91,26 @@ class DirectionMemory:
     def turn_captured_into_directions(self) -> None:
         """This step's gradients are the next one's directions; the spent ones' memory takes the next gradients.
 
-        A gradient that is not finite, or not in `dtype`, is no direction.
+        The averaged gradient was finite, so that they are too; but what float16 cannot hold is no direction.
         """
         for worker in self.captured_workers():
             gradients = self.captured_of(worker)
-            if not is_finite(gradients):
+            if self.dtype == torch.float16 and not is_finite(gradients):
                 self._directions.pop(worker, None)
             elif isinstance(self._directions, HostStore) and isinstance(self.captured, HostStore):
                 self._directions.swap(worker, self.captured, self.filled[worker])
             else:
-                spent = self._directions.pop(worker, [])
+                self._give(self._directions.pop(worker, []))
                 self._directions[worker] = gradients
-                self.captured[worker] = spent
+                del self.captured[worker]
+
+    def take_over(self, worker: int, values: Buffers) -> None:
+        """Make these tensors, which nobody else writes to, the worker's direction, without a copy where it can be."""
+        if self.on_host or self.dtype is not None:
+            self.store(worker, values)
+            return
+        self._give(self._directions.pop(worker, []))
+        self._directions[worker] = values
 
     def store(self, worker: int, values: Sequence[Tensor | None]) -> None:
         """Copy these values as the worker's direction."""
@@ -92,9 +120,13 @@ class DirectionMemory:
             if value is None:
                 buffers[i] = None
             elif buffer is None or buffer.shape != value.shape:
-                buffers[i] = value.detach().to(self.dtype or value.dtype, copy=True)
+                buffers[i] = self.spares.take(i, value.detach(), self.dtype).copy_(value)
             else:
                 buffer.copy_(value)
+
+    def _give(self, buffers: Buffers) -> None:
+        for i, buffer in enumerate(buffers):
+            self.spares.give(i, buffer)
 
 
 class HostStore(MutableMapping[int, Buffers]):

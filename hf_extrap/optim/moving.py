@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .base_iterate import BaseIterate
+from .base_iterate import BaseIterate, owns_memory
 from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import noise
-from .displacement import displace_, scale_direction, total_norm
+from .displacement import displace, norms, scale_direction, total_norm
 from .engines import Engine
 from .memory import Buffers, DirectionMemory
 from .preconditioner import adam_preconditioner
+from .spares import fits
 from .statistics import StepStatistics
 from .step_size import StepSize
 from .wrapper import OptimizerWrapper
@@ -34,11 +36,13 @@ class Moving(OptimizerWrapper):
     _sizes: StepSize
     _memory: DirectionMemory
     _last_step: Tensor | None
+    _before: dict[int, Tensor]
     _cold_after_load: bool
     _x: BaseIterate
     _capture: GradientCapture
     _noted: StepStatistics
     _probed: set[int]
+    _only_looks: bool
     _observed: bool
     _lengths: dict[int, Tensor]
     _preconditioner: Buffers | None
@@ -48,51 +52,109 @@ class Moving(OptimizerWrapper):
 
     def _move(self, key: int) -> None:
         params = self._params()
-        self._x.restore(params)
-        direction = self._preconditioned(self._direction(key)) if self.config.precondition else self._direction(key)
-        indices = [i for i, d in enumerate(direction) if d is not None]
-        if not indices:
+        if self._x.come_back(params, key):
+            self._engine.moved()
             return
-        x = [params[i] for i in indices]
-        last_step = self._last_step
-        if self.config.scales_by_step:
-            if last_step is None:
-                return
-            # A parameter that has joined since has not been stepped.
-            last_step = torch.nn.functional.pad(last_step, (0, len(params) - len(last_step)))
-            if self.config.scaling == "layer_step":
-                last_step = last_step[indices]
-        moves = scale_direction(self.config.scaling, [d for d in direction if d is not None], x, last_step)
+        self._x.restore(params)
+        self._x.forget()
+        if key in self._memory.spent:
+            raise RuntimeError(
+                f"worker {key} has left its y, and its direction is spent; allowed: all micro-batches of one virtual "
+                "worker before those of the next."
+            )
+        direction = self._direction(key)
+        spends, stored = self._spends(key), direction
+        if self.config.precondition:
+            direction = self._preconditioned(direction)
+        indices = [i for i, d in enumerate(direction) if d is not None]
+        if not indices or (self.config.scales_by_step and self._last_step is None):
+            return
+        moves, factors = scale_direction(
+            self.config.scaling,
+            [d for d in direction if d is not None],
+            [params[i] for i in indices],
+            self._last_steps(indices),
+        )
         scaled = dict(zip(indices, moves, strict=True))
-        self._x.leave(params, indices, key)
-        steps = self._steps(key, scaled)
-        for start, stop, step in steps:
-            group = [i for i in range(start, stop) if i in scaled]
-            seeds = [("rounding", self.config.seed, self.step_count, self._worker_number(key), i) for i in group]
-            displace_([params[i] for i in group], [scaled[i] for i in group], step, seeds)
+        steps = self._steps(key, scaled, factors)
+        swapped = self._points(indices, stored, spends)
+        self._x.keep(params, (i for i in indices if i not in swapped))
+        displace(
+            [params[i] for i in indices],
+            moves,
+            steps,
+            [swapped.get(i, params[i]) for i in indices],
+            [("rounding", self.config.seed, self.step_count, self._worker_number(key), i) for i in indices],
+        )
+        if spends:
+            for i, d in enumerate(stored):
+                if d is not None and swapped.get(i) is not d:
+                    self._memory.spares.give(i, d)
+            self._memory.spend(key)
+        self._x.leave(params, indices, key, swapped)
         self._engine.moved()
         if self.collect_statistics:
             self._noted.note("displacement_norm", total_norm([self._x.kept[i].sub(params[i]) for i in indices]))
-            self._noted.note("step_size", torch.as_tensor(steps[0][2]).abs())
 
-    def _steps(self, key: int, scaled: dict[int, Tensor]) -> list[tuple[int, int, float | Tensor]]:
-        """(first parameter, one past the last, η) of each group, after the cap; keeps ‖x − y‖ where it is measured."""
-        steps: list[tuple[int, int, float | Tensor]] = []
+    def _last_steps(self, indices: list[int]) -> Tensor | None:
+        """The length of the last step of these parameters, or for `step` of all."""
+        if self._last_step is None or self.config.scaling != "layer_step":
+            return self._last_step
+        # A parameter that has joined since has not been stepped.
+        size = len(self._params())
+        lengths = torch.nn.functional.pad(self._last_step, (0, size - len(self._last_step)))
+        if len(indices) == size:
+            return lengths
+        each = lengths.unbind()
+        return torch.stack([each[i] for i in indices])
+
+    def _spends(self, key: int) -> bool:
+        """Whether a stored direction is of no more use once y is known."""
+        if key not in self._memory.directions or self._memory.on_host or self._measures or self._only_looks:
+            return False
+        # Statistics compare it with the gradient, but where that is the next direction.
+        return not self.collect_statistics or (self.config.direction == "past_gradient" and self.config.is_local)
+
+    def _points(self, indices: Sequence[int], stored: Buffers, spends: bool) -> dict[int, Tensor]:
+        """Memory for y of the parameters that point to it, instead of being moved in place: where it can be, their
+        direction's own."""
+        params, points, swap = self._params(), dict[int, Tensor](), self.config.swap
+        if not self._engine.may_swap or swap is False:
+            return points
+        shared = _shared(params)
+        for i in indices:
+            p = params[i]
+            if p.data_ptr() in shared or not owns_memory(p) or (swap is None and p.device.type != "cpu"):
+                continue
+            d = stored[i] if spends else None
+            fitting = d is not None and d.dtype == p.dtype and fits(d, p)
+            points[i] = d if d is not None and fitting else self._memory.spares.take(i, p.detach())
+        return points
+
+    def _steps(self, key: int, moves: dict[int, Tensor], factors: Tensor | None) -> list[float | Tensor]:
+        """η of each move, times its factor, after the cap; keeps ‖x − y‖ where it is measured."""
+        sizes: dict[int, float | Tensor] = {}
         start = 0
         for index, (options, params) in enumerate(self._engine.groups()):
-            stop = start + len(params)
-            steps.append((start, stop, self._sizes.of_group(index, options, key)))
-            start = stop
+            size = self._sizes.of_group(index, options, key)
+            sizes |= {i: size for i in range(start, start + len(params)) if i in moves}
+            start += len(params)
+        steps: list[float | Tensor] = list(sizes.values())
+        if factors is not None:
+            steps = [*_products(steps, factors)]
         cap = self.config.max_displacement
         if cap is not None and self._last_step is not None:
-            length = _length(scaled, steps)
+            length = _length(moves, steps)
             tiny = torch.finfo(length.dtype).tiny
             last_length = torch.linalg.vector_norm(self._last_step).to(length)
             factor = (cap * last_length / length.clamp_min(tiny)).clamp_max(1)
-            steps = [(a, b, step * factor) for a, b, step in steps]
+            steps = [*_products(steps, factor.expand(len(steps)))]
+            sizes = {i: size * factor for i, size in sizes.items()}
+        if self.collect_statistics:
+            self._noted.note("step_size", torch.as_tensor(next(iter(sizes.values()))).abs())
         if self._measures:
-            self._lengths[key] = _length(self._in_metric(scaled, -0.5), steps)
-        return steps
+            self._lengths[key] = _length(self._in_metric(moves, -0.5), steps)
+        return _readable(steps)
 
     def _preconditioned(self, direction: Buffers) -> Buffers:
         """P d; nothing for a parameter that the base optimizer has not stepped yet."""
@@ -159,7 +221,28 @@ class Moving(OptimizerWrapper):
         return key * world_size + rank if self.config.is_local else 0
 
 
-def _length(moves: dict[int, Tensor], steps: Sequence[tuple[int, int, float | Tensor]]) -> Tensor:
-    """The length of moves by parameter, each times the η of its group."""
-    parts = [total_norm([moves[i] for i in range(a, b) if i in moves]) for a, b, _ in steps]
-    return total_norm([(part * step).to(parts[0]) for part, (_, _, step) in zip(parts, steps, strict=True)])
+def _length(moves: dict[int, Tensor], steps: Sequence[float | Tensor]) -> Tensor:
+    """The length of all moves, each times its step."""
+    return torch.linalg.vector_norm(torch.stack(_products(steps, norms(list(moves.values())))))
+
+
+def _products(steps: Sequence[float | Tensor], factors: Tensor) -> list[Tensor]:
+    """Each step times its factor, without a number that the host must send to the device where one will do for all."""
+    first = steps[0]
+    if not isinstance(first, Tensor) and all(step == first for step in steps):
+        return list((factors * first).unbind())
+    return [factor * step for factor, step in zip(factors.unbind(), steps, strict=True)]
+
+
+def _readable(steps: Sequence[float | Tensor]) -> list[float | Tensor]:
+    """Numbers where reading them makes nobody wait."""
+    return [float(s) if isinstance(s, Tensor) and s.device.type == "cpu" else s for s in steps]
+
+
+def _shared(params: Sequence[Tensor]) -> set[int]:
+    """Addresses that several parameters have."""
+    seen, shared = set[int](), set[int]()
+    for p in params:
+        address = 0 if isinstance(p, DTensor) else p.data_ptr()
+        (shared if address in seen else seen).add(address)
+    return shared

@@ -105,6 +105,7 @@ def memory(
     precision: Precision | None = None,
     node: int = 8,
     virtual_workers: int = 1,
+    swap: bool = False,
 ) -> dict[str, float]:
     """Bytes that a process holds while the gradient at y is taken, activations and buffers left out.
 
@@ -116,6 +117,7 @@ def memory(
         precision: bytes an element.
         node: processes that hold one copy of the weights, of `hsdp`.
         virtual_workers: of each process, which have a direction each in local scope.
+        swap: whether weights point to y, which then lies over its direction (`ExtrapConfig.swap`).
 
     Returns:
         `weights`, `gradients` and `optimizer` of the engine alone; `x`, kept while the weights hold y, and
@@ -129,20 +131,20 @@ def memory(
     _check(engine, preset, ranks, node)
     shards = {"zero3": ranks, "hsdp": node}.get(engine, 1)
     directions = {
-        # Last step's directions, and this step's gradients, which will be the next one's.
-        "extrap-past": 2 * virtual_workers * p.gradients,
-        "extrap": virtual_workers * p.gradients,
-        "extragradient": p.gradients,
         # DeepSpeed's flat gradient has the precision of the master weights.
         "optimistic": (p.master or p.gradients) if engine.startswith("zero") else p.gradients,
         "past-update": 4,
-    }.get(preset, 0)
+        "extrap": p.gradients,
+        "extragradient": p.gradients,
+    }
+    # This step's gradients, which will be the next one's directions, take the memory of those that are spent.
+    held = virtual_workers * p.gradients if preset == "extrap-past" else 0 if swap else directions.get(preset, 0)
     return {
         "weights": parameters * p.weights / shards,
         "gradients": parameters * p.gradients / (ranks if engine == "zero2" else shards),
         "optimizer": parameters * (p.master + p.moments) / (ranks if engine in ("zero1", "zero2") else shards),
         "x": 0.0 if preset == "none" else parameters * p.weights / shards,
-        "directions": parameters * directions / shards,
+        "directions": parameters * held / shards,
     }
 
 

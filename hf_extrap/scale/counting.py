@@ -41,10 +41,11 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def held_bytes(optimizer: Extrapolated) -> dict[str, int]:
-    """Bytes of this process: `x` as it is kept, `directions` with the gradients that may become the next ones, and of
-    these what lies on the `host` where direction_device says so, with one worker's beside the parameters."""
-    held = {"x": _bytes(optimizer._x.kept.values()), "directions": 0, "host": 0}
-    for store in (optimizer._memory.directions, optimizer._memory.captured):
+    """Bytes of this process: `x`, kept beside y; `directions`, with the gradients that may become the next ones and what
+    is spare; and on the `host`, where direction_device says so, with one worker's beside the parameters."""
+    memory = optimizer._memory
+    held = {"x": _bytes(optimizer._x.kept.values()), "directions": _bytes(memory.spares.tensors()), "host": 0}
+    for store in (memory.directions, memory.captured):
         if isinstance(store, HostStore):
             held["host"] += sum(_bytes(buffers) for _, buffers in store.stored())
             held["directions"] += _bytes(store.near)

@@ -87,6 +87,8 @@ class ExtrapArguments(Base):
     extrap_precondition: bool | None = _override("Take the direction in the metric of a base optimizer like Adam.")
     extrap_direction_dtype: DirectionDtype | None = _override("Type in which directions are stored.")
     extrap_direction_device: DirectionDevice | None = _override("'cpu' keeps directions in the host's memory.")
+    extrap_check_finite: bool | None = _override("Give up a step whose gradient is not finite.")
+    extrap_swap: bool | None = _override("Point parameters to y instead of copying x; unset: on the CPU alone.")
     extrap_seed: int | None = _override("Seed of noise and rounding; the training's seed unless given.")
     extrap_virtual_workers: int = field(
         default=1, metadata={"help": "Workers that each process plays, one accumulation micro-batch each."}

@@ -126,9 +126,7 @@ class ReportingMixin(MixinBase):
         """The loss of the last batch, without dropout, at x and at the y that the scheme would look from next."""
         # DeepSpeed passes backward through its own wrapper alone.
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        collect = optimizer.collect_statistics
         was_training = model.training
-        optimizer.collect_statistics = False
 
         def loss() -> Tensor:
             self._carried.put(EVALUATION, state)
@@ -142,13 +140,9 @@ class ReportingMixin(MixinBase):
             if optimizer.wants_probe:
                 with optimizer.probing(worker=0) as backward:
                     self._pass_back(loss(), backward)
-            optimizer.train(worker=0)
-            with torch.no_grad():
+            with optimizer.looking(worker=0), torch.no_grad():
                 at_y = loss()
         finally:
-            optimizer.rest()
-            optimizer.reset_step()
-            optimizer.collect_statistics = collect
             model.train(was_training)
             self._carried.put(EVALUATION, None)
         means = self.accelerator.reduce(torch.stack([at_x.detach().float(), at_y.detach().float()]), "mean").tolist()

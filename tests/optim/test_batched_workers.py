@@ -206,6 +206,7 @@ def test_both_passes_see_the_same_dropout_and_workers_different(preset: str) -> 
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3))
     config = ExtrapConfig.preset(preset, step_size=1e-9)
     optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), config, virtual_workers=2)
+    optimizer.collect_statistics = True  # which keeps the directions until the step's end
     batches = [{"inputs": torch.ones(4, 6), "labels": torch.zeros(4, dtype=torch.long)}] * 2
     losses = batched_step(BatchedWorkers(optimizer, model, cross_entropy), batches)
     directions = optimizer._memory.directions

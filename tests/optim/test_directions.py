@@ -9,9 +9,9 @@ import torch
 from plain_loop import distance, identical
 from torch import Tensor
 
+from hf_extrap.optim import displacement
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.directions import noise
-from hf_extrap.optim.displacement import scale_direction
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import scaled
 
@@ -23,6 +23,12 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tens
     generator = torch.Generator().manual_seed(5)
     shapes = [(4, 3, 2, 2), (3, 5), (6,), ()]
     return tuple([torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes] for _ in "dx")
+
+
+def scale_direction(scaling: str, direction: list[Tensor], x: list[Tensor], last: Tensor | None = None) -> list[Tensor]:
+    """S(d, x), multiplied out."""
+    moves, factors = displacement.scale_direction(scaling, direction, x, last)
+    return moves if factors is None else [m.to(f.dtype) * f for m, f in zip(moves, factors, strict=True)]
 
 
 def test_norm_is_of_length_one_over_all_parameters() -> None:

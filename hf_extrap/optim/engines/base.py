@@ -27,6 +27,7 @@ class Engine:
             the parameters itself.
         loss_scale: what the engine itself multiplies the loss by, in float16.
         probes_by_hooks: whether a fresh direction is what the hooks on the leaves see, with no `.grad` written.
+        may_swap: whether a parameter may point to other memory while it holds y.
         has_local_gradients: whether a worker has a y and a gradient of its own although its parameters are sharded.
     """
 
@@ -34,6 +35,7 @@ class Engine:
     is_sharded = False
     steps_inside = False
     probes_by_hooks = False
+    may_swap = True
     has_local_gradients = False
 
     @property

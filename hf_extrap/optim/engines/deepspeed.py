@@ -28,6 +28,7 @@ class DeepSpeedEngine(Engine):
     """
 
     name = "DeepSpeed, stage 0"
+    may_swap = False
     probes_by_hooks = True
 
     def __init__(self, engine: Any, base: Optimizer) -> None:

@@ -20,6 +20,7 @@ class FSDPEngine(Engine):
     """Each process moves its own shards, and gathers what it has moved with the next forward pass."""
 
     name = "FSDP2"
+    may_swap = False
     is_sharded = True
 
     def __init__(self, model: nn.Module, base: Optimizer) -> None:
