@@ -1,14 +1,16 @@
-"""Figures of one run and of a comparison, drawn without a display."""
+"""Figures of one run and of a comparison, drawn without a display.
+
+Matplotlib is imported when the first figure is drawn, which a training does at its end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,6 +51,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     Returns:
         Titles of the panels drawn.
     """
+    from matplotlib.figure import Figure
+
     panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
     losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
     panels.append(("Loss", losses, False))
@@ -90,6 +94,8 @@ def draw_comparison(
         points: for each preset, (learning rate, mean, standard deviation) of the final metric, finite values only.
         target: value of the metric to mark.
     """
+    from matplotlib.figure import Figure
+
     several_rates = any(len(values) > 1 for values in points.values())
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     grid = figure.subplots(1, 2 if several_rates else 1, squeeze=False)[0]
@@ -151,6 +157,8 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]]
 
 def finish(axes: Axes, logarithmic: bool) -> None:
     """The frame, grid and ticks of every panel over steps."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
     axes.tick_params(labelsize=9)
