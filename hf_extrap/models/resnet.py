@@ -114,8 +114,8 @@ class ExtrapResNetForImageClassification(ResNetForImageClassification):
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"`pixel_values` has the shape {shape}: it must be (batch, {channels}, height, width).")
-        # Channels last: measured 1.6 to 1.8 times as fast in fp32 on a CPU, 1.2 to 1.6 times in bf16.
         pixel_values = self.normalization(pixel_values).to(self.dtype)
-        # By permutations, which torch.vmap can batch, as it cannot a memory format.
+        # Channels last, the layout that convolutions on a CPU are fastest in; by permutations, which torch.vmap can
+        # batch, as it cannot a memory format.
         pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -20,16 +21,18 @@ class BatchNormMixin(ReportingMixin):
 
     As under DDP, where the first process's are broadcast, only the first worker's pass of a step counts. With
     `recalibrate_batch_norm`, so many of the last training micro-batches of each process, at x, take their place
-    before evaluations and before the model is saved for good.
+    before evaluations and before the model is saved for good; once, as long as neither has changed.
     """
 
     def _start_batch_norm(self) -> None:
         self._for_batch_norm: deque[dict[str, Any]] = deque(maxlen=self.args.recalibrate_batch_norm)
         self._has_batch_norm = bool(batch_norms(self.model))
+        self._recalibrated_at: list[int] | None = None
 
     def _keep_for_batch_norm(self, batches: Sequence[dict[str, Any]]) -> None:
         if self.args.recalibrate_batch_norm and self._has_batch_norm:
             self._for_batch_norm.extend(batches)
+            self._recalibrated_at = None
 
     def _statistics_of_first_worker(self, model: nn.Module, micro_batch: int) -> AbstractContextManager[None]:
         """Around a worker's pass at y."""
@@ -52,14 +55,21 @@ class BatchNormMixin(ReportingMixin):
         """Make the statistics those of x and of all processes; a collective call."""
         if not self._has_batch_norm:
             return
-        if self._for_batch_norm:
-            recalibrate(self.model, self._for_batch_norm, self._pass_for_batch_norm)
-        for statistic in running_statistics(self.model):
-            if self._for_batch_norm:
-                statistic.copy_(self.accelerator.reduce(statistic, "mean"))
-            elif dist.is_available() and dist.is_initialized():
+        if not self._for_batch_norm:
+            if dist.is_available() and dist.is_initialized():
                 # Processes gather their own between one step and the next; the first one's are saved.
-                dist.broadcast(statistic, src=0)
+                for statistic in running_statistics(self.model):
+                    dist.broadcast(statistic, src=0)
+        elif self._has_engine or self._recalibrated_at is None or self._recalibrated_at != self._hashes():
+            recalibrate(self.model, self._for_batch_norm, self._pass_for_batch_norm)
+            for statistic in running_statistics(self.model):
+                statistic.copy_(self.accelerator.reduce(statistic, "mean"))
+            self._recalibrated_at = None if self._has_engine else self._hashes()
+
+    def _hashes(self) -> list[int]:
+        """One number for each parameter and running statistic, the same as long as no value changes."""
+        tensors = (*self.model.parameters(), *running_statistics(self.model))
+        return torch.stack([torch.hash_tensor(tensor.detach()) for tensor in tensors]).tolist()
 
     def _pass_for_batch_norm(self, inputs: dict[str, Any]) -> None:
         with self.compute_loss_context_manager(), self._probing():

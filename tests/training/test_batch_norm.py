@@ -80,6 +80,25 @@ def test_recalibrations_while_training_change_no_step(tmp_path: Path) -> None:
     assert len(losses[0]) == 3 and losses[0] != losses[1]
 
 
+def test_one_recalibration_serves_until_the_model_changes(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    fields: dict[str, Any] = {"extrap": "extrap-past", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    trainer = train_images(tmp_path, recalibrate_batch_norm=3, seen=seen, **fields)
+    # Four steps, then a recalibration with two batches at step 2 and one with three at step 4.
+    assert len(seen) == 4 + 2 + 3
+    settled = buffers(trainer.model)
+    trainer.evaluate()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert len(seen) == 9 and torch.equal(buffers(trainer.model), settled)
+    with torch.no_grad():
+        next(trainer.model.resnet.parameters()).mul_(1.5)
+    trainer.evaluate()
+    assert len(seen) == 12 and not torch.equal(buffers(trainer.model), settled)
+    trainer.model.resnet.embedder.normalization.running_var.data.add_(1)
+    trainer.evaluate()
+    assert len(seen) == 15
+
+
 def test_a_negative_count_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="recalibrate_batch_norm is -1"):
         ExtrapTrainingArguments(str(tmp_path), recalibrate_batch_norm=-1, use_cpu=True)
