@@ -60,11 +60,10 @@ class ReportingMixin(MixinBase):
             self._is_probing = False
 
     def _logs_after_this_step(self) -> bool:
-        strategy = str(getattr(self.args.logging_strategy, "value", self.args.logging_strategy))
         step = self.state.global_step + 1
-        if strategy == "steps":
+        if self.args.logging_strategy == "steps":
             return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
-        return strategy == "epoch"
+        return self.args.logging_strategy == "epoch"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The stock log, with what the extrapolation did; a collective call while training."""

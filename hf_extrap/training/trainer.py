@@ -239,15 +239,17 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
         return loss
 
     def _worker_step(self, model: nn.Module, optimizer: Extrapolated, inputs: Inputs, num_items: Any) -> Tensor:
-        worker = self._micro_batch if optimizer.virtual_workers > 1 else 0
-        if optimizer.wants_probe:
-            self._probe(model, optimizer, worker)
-        optimizer.train(worker=worker)
         self._last_pass = (inputs, self._carried.of(self._slot))
-        with self._statistics_of_first_worker(model, self._micro_batch):
+        worker = self._micro_batch if optimizer.virtual_workers > 1 else 0
+        with self._statistics_of_first_worker(model, worker):
+            if not (self._extrapolates or optimizer.collect_statistics or self._has_engine):
+                return super().training_step(model, inputs, num_items)
+            if optimizer.wants_probe:
+                self._probe(model, optimizer, worker)
+            optimizer.train(worker=worker)
             loss = super().training_step(model, inputs, num_items)
-        optimizer.rest()
-        return loss
+            optimizer.rest()
+            return loss
 
     def _probe(self, model: nn.Module, optimizer: Extrapolated, worker: int) -> None:
         """Take the worker's gradient at x, over what the pass at y will see, or over its fraction or other samples."""

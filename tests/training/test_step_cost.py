@@ -1,0 +1,99 @@
+"""What a step of the Trainer costs beside the stock one: operations of torch, and waits for the device, counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_trainer import VOCABULARY, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainerCallback
+
+from hf_extrap import PRESETS, ExtrapTrainer
+from hf_extrap.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
+
+#: Operations whose result the host waits for: `item`, `bool` and `float` of a tensor, and those of unknown size.
+WAITS = {"aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select", "aten.is_nonzero"}
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "profiler":
+            self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def lstm() -> ExtrapLstmForCausalLM:
+    """A model that itself waits for nothing, as GPT-2 does for its mask."""
+    sizes = {"vocab_size": VOCABULARY, "embedding_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
+    return ExtrapLstmForCausalLM(ExtrapLstmConfig(**sizes, dropout=0.0))
+
+
+class StepByStep(TrainerCallback):
+    """Keeps the operations from the beginning of each step to that of the next."""
+
+    def __init__(self, operations: Operations) -> None:
+        self.operations = operations
+        self.steps: list[list[str]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append([])
+        self.operations.names = self.steps[-1]
+
+
+def operations_of(folder: Path, kind: type[Trainer], **fields: Any) -> list[list[str]]:
+    """The operations of each step of a training that logs at its end alone, but for the first and the last step."""
+    operations = Operations()
+    steps = StepByStep(operations)
+    options = {"max_steps": 6, "logging_steps": 100, "logging_nan_inf_filter": False, "optim": "sgd"} | fields
+    with operations:
+        train(folder, kind=kind, model=lstm(), callbacks=[steps], **options)
+    assert len(steps.steps) == 6
+    return steps.steps[1:-1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2}, {"optim": "adamw_torch"}])
+def test_none_runs_the_operations_of_the_stock_trainer_and_no_other(tmp_path: Path, fields: dict[str, Any]) -> None:
+    stock = operations_of(tmp_path / "stock", Trainer, **fields)
+    ours = operations_of(tmp_path / "ours", ExtrapTrainer, **fields)
+    assert ours == stock
+    assert all("aten.mm" in step for step in stock)
+
+
+def test_what_extrapolates_is_seen_by_the_same_count(tmp_path: Path) -> None:
+    none = operations_of(tmp_path / "none", ExtrapTrainer)
+    past = operations_of(tmp_path / "past", ExtrapTrainer, extrap="extrap-past")
+    assert all(len(moved) > len(still) for moved, still in zip(past, none, strict=True))
+    logged = operations_of(tmp_path / "logged", ExtrapTrainer, logging_steps=1)
+    assert all(len(measured) > len(still) for measured, still in zip(logged, none, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_that_logs_nothing_waits_once_at_most(
+    tmp_path: Path, preset: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a device, where the lengths of moves stay: on the CPU they are read, which makes nobody wait.
+    monkeypatch.setattr("hf_extrap.optim.moving._readable", list)
+
+    def waits(**fields: Any) -> list[int]:
+        fields |= {"extrap": preset, "extrap_virtual_workers": workers}
+        return [sum(name in WAITS for name in step) for step in operations_of(tmp_path, ExtrapTrainer, **fields)]
+
+    assert waits(extrap_check_finite=False) == [0, 0, 0, 0]
+    # Whether the gradient is finite must be known before the step.
+    assert waits() == ([0, 0, 0, 0] if preset == "none" else [1, 1, 1, 1])
+
+
+def test_a_wait_is_counted() -> None:
+    with Operations() as operations:
+        assert float(torch.ones(2).sum()) == 2 and bool(torch.ones(()))
+    assert sum(name in WAITS for name in operations.names) == 2
