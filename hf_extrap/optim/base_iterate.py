@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
 
 from .displacement import copy_
 from .spares import Spares
@@ -107,13 +106,3 @@ class BaseIterate:
         torch.clear_autocast_cache()
         # As for a move in place: a backward pass through what was computed before it is an error.
         increment_version([params[i] for i in swapped])
-
-
-def owns_memory(param: Tensor) -> bool:
-    """Whether a parameter, and no view or other process, has its memory to itself, as far as can be seen."""
-    if isinstance(param, DTensor) or param.layout is not torch.strided:
-        return False
-    storage = param.untyped_storage()
-    return storage.nbytes() == param.numel() * param.element_size() and not (
-        param.device.type == "cpu" and param.is_shared()
-    )

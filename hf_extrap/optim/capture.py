@@ -99,13 +99,13 @@ class GradientCapture:
         if self._into is None:
             return
         buffer = self._into[index]
+        if index in self._filled and buffer is not None:
+            buffer.add_(grad, alpha=self._scale)
+            return
         if buffer is None:
             buffer = self._into[index] = self.spares.take(index, grad, self._dtype)
-        if index in self._filled:
-            buffer.add_(grad, alpha=self._scale)
-        else:
-            torch.mul(grad, self._scale, out=buffer)
-            self._filled.add(index)
+        torch.mul(grad, self._scale, out=buffer)
+        self._filled.add(index)
 
 
 def _hook(capture: weakref.ref[GradientCapture], index: int) -> Callable[[Tensor], None]:

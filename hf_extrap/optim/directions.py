@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .shards import held
+
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -63,10 +65,11 @@ def differences(before: Mapping[int, Tensor], params: Sequence[Tensor]) -> dict[
         before: x_{t−1} by index.
         params: x_t.
     """
-    return {
-        i: x.sub_(params[i]) if x.dtype in (torch.float32, torch.float64) else x.float().sub_(params[i])
-        for i, x in before.items()
-    }
+    wide = [x if x.dtype in (torch.float32, torch.float64) else x.float() for x in before.values()]
+    if wide:
+        now = [held(params[i]).to(x.dtype) for i, x in zip(before, wide, strict=True)]
+        torch._foreach_sub_([held(x) for x in wide], now)
+    return dict(zip(before, wide, strict=True))
 
 
 def last_update(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from .directions import generator_for
 from .shards import held, whole
 
 _TINY = torch.finfo(torch.float32).tiny
-_EXACT = (torch.float32, torch.float64)
-_PIECE = 1 << 16
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -27,24 +25,8 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
     any of them, or of `like`, is."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (*tensors, *like)) else torch.float32
     each = torch._foreach_norm(list(tensors), dtype=wide)
-    return whole(torch.stack([n.to(each[0].device) for n in each]))
-
-
-def distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of each a − b, as `norms`; `a` may be overwritten.
-
-    On the CPU the differences of a piece at a time stay in its cache: each tensor is read once, and nothing written.
-    """
-    if any(t.device.type != "cpu" or isinstance(t, DTensor) or t.dtype not in _EXACT for t in a):
-        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in a]
-        torch._foreach_sub_(wide, list(b))
-        return norms(wide)
-    lengths = []
-    for x, y in zip(a, b, strict=True):
-        pieces = zip(x.reshape(-1).split(_PIECE), y.reshape(-1).split(_PIECE), strict=True)
-        parts = [torch.linalg.vector_norm(torch.sub(u, v)) for u, v in pieces]
-        lengths.append(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
-    return torch.stack(lengths)
+    device = each[0].device
+    return whole(torch.stack([n if n.device == device else n.to(device) for n in each]))
 
 
 def scale_direction(
@@ -104,7 +86,7 @@ def displace(
     direction: Sequence[Tensor],
     steps: Sequence[float | Tensor],
     out: Sequence[Tensor],
-    seeds: Sequence[tuple[object, ...]],
+    seed: Callable[[int], tuple[object, ...]],
 ) -> None:
     """x − step · d, in one pass over memory: x and d are read, y is written.
 
@@ -117,16 +99,18 @@ def displace(
         steps: η times the factor of `scale_direction`, for each: numbers, or tensors of no dimension where reading them
             would make the host wait.
         out: where y goes: x or d themselves, or other memory of the type of x.
-        seeds: of the rounding of each parameter.
+        seed: of the rounding of a parameter, by its place here.
     """
-    for p, d, step, y, seed in zip(map(held, params), map(held, direction), steps, map(held, out), seeds, strict=True):
+    for i, (p, d, step, y) in enumerate(zip(params, direction, steps, out, strict=True)):
+        if isinstance(p, DTensor):
+            p, d, y = held(p), held(d), held(y)
         if p.dtype == torch.bfloat16:
             wide = p.float().sub_(d.float() * step)
-            y.copy_(stochastic_round(wide, generator_for(wide.device, *seed)))
+            y.copy_(stochastic_round(wide, generator_for(wide.device, *seed(i))))
         elif isinstance(step, Tensor):
             torch.addcmul(p, d.to(p.dtype), step.to(p), value=-1, out=y)
         else:
-            torch.add(p, d.to(p.dtype), alpha=-step, out=y)
+            torch.add(p, d if d.dtype == p.dtype else d.to(p.dtype), alpha=-step, out=y)
 
 
 def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ from .displacement import copy_
 from .engines import Engine, check_known, check_scheme, engine_of
 from .looking_back import LookingBack
 from .memory import Buffers, DirectionMemory, is_finite
+from .spares import Owners
 from .statistics import StepStatistics
 from .step_size import StepSize
 
@@ -131,6 +132,7 @@ class Extrapolated(LookingBack):
     def _start(self) -> None:
         """What holds within one step and is never saved."""
         self._x = BaseIterate(self._memory.spares)
+        self._owners = Owners()
         self._before: dict[int, Tensor] = {}
         self._capture = GradientCapture()
         self._capture.spares = self._memory.spares

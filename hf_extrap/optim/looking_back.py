@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .directions import differences, last_update
-from .displacement import distances, norms, total_norm
+from .displacement import norms, total_norm
 from .memory import Buffers
 from .moving import Moving
 from .statistics import clipping_factor, cosine, shrinking
@@ -75,16 +75,14 @@ class LookingBack(Moving):
     def _look_at_step(self, stepped: Sequence[bool], goes_on: bool) -> None:
         """The lengths of the step from x before to x now, and the step itself where the next one looks along it."""
         before, self._before = self._before, {}
-        params, by_update = self._params(), goes_on and self.config.direction == "past_update"
-        change = differences(before, params) if by_update else before
+        params, change = self._params(), differences(before, self._params())
         if self._needs_step_length:
-            now = [params[i] for i in change]
-            lengths = norms(list(change.values())) if by_update else distances(list(change.values()), now)
+            lengths = norms(list(change.values()))
             self._noted.note("step_length", torch.linalg.vector_norm(lengths))
             each = dict(zip(change, lengths.unbind(), strict=True))
             nothing = lengths.new_zeros(())
             self._last_step = torch.stack([each.get(i, nothing) for i in range(len(params))])
-        if by_update:
+        if goes_on and self.config.direction == "past_update":
             update = last_update(self._engine.groups(), stepped, change, self._sizes.learning_rate)
             self._memory.take_over(0, update)
         else:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from .base_iterate import BaseIterate, owns_memory
+from .base_iterate import BaseIterate
 from .capture import GradientCapture
 from .config import ExtrapConfig
 from .directions import noise
@@ -17,7 +16,7 @@ from .displacement import displace, norms, scale_direction, total_norm
 from .engines import Engine
 from .memory import Buffers, DirectionMemory
 from .preconditioner import adam_preconditioner
-from .spares import fits
+from .spares import Owners, fits
 from .statistics import StepStatistics
 from .step_size import StepSize
 from .wrapper import OptimizerWrapper
@@ -39,6 +38,7 @@ class Moving(OptimizerWrapper):
     _before: dict[int, Tensor]
     _cold_after_load: bool
     _x: BaseIterate
+    _owners: Owners
     _capture: GradientCapture
     _noted: StepStatistics
     _probed: set[int]
@@ -84,7 +84,7 @@ class Moving(OptimizerWrapper):
             moves,
             steps,
             [swapped.get(i, params[i]) for i in indices],
-            [("rounding", self.config.seed, self.step_count, self._worker_number(key), i) for i in indices],
+            lambda place: ("rounding", self.config.seed, self.step_count, self._worker_number(key), indices[place]),
         )
         if spends:
             for i, d in enumerate(stored):
@@ -118,13 +118,14 @@ class Moving(OptimizerWrapper):
     def _points(self, indices: Sequence[int], stored: Buffers, spends: bool) -> dict[int, Tensor]:
         """Memory for y of the parameters that point to it, instead of being moved in place: where it can be, their
         direction's own."""
-        params, points, swap = self._params(), dict[int, Tensor](), self.config.swap
+        points: dict[int, Tensor] = {}
+        params, swap = self._params(), self.config.swap
         if not self._engine.may_swap or swap is False:
             return points
-        shared = _shared(params)
+        can_swap = self._owners.among(params)
         for i in indices:
             p = params[i]
-            if p.data_ptr() in shared or not owns_memory(p) or (swap is None and p.device.type != "cpu"):
+            if not can_swap[i] or (swap is None and p.device.type != "cpu"):
                 continue
             d = stored[i] if spends else None
             fitting = d is not None and d.dtype == p.dtype and fits(d, p)
@@ -237,12 +238,3 @@ def _products(steps: Sequence[float | Tensor], factors: Tensor) -> list[Tensor]:
 def _readable(steps: Sequence[float | Tensor]) -> list[float | Tensor]:
     """Numbers where reading them makes nobody wait."""
     return [float(s) if isinstance(s, Tensor) and s.device.type == "cpu" else s for s in steps]
-
-
-def _shared(params: Sequence[Tensor]) -> set[int]:
-    """Addresses that several parameters have."""
-    seen, shared = set[int](), set[int]()
-    for p in params:
-        address = 0 if isinstance(p, DTensor) else p.data_ptr()
-        (shared if address in seen else seen).add(address)
-    return shared

@@ -1,6 +1,9 @@
-"""Memory that has served: what was a direction takes the next gradient, a copy of x, or y."""
+"""Memory: what was a direction takes the next gradient, a copy of x, or y; and who has its memory to itself."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,3 +53,30 @@ def fits(tensor: Tensor, like: Tensor) -> bool:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         return tensor.placements == like.placements and tensor.device_mesh == like.device_mesh
     return isinstance(tensor, DTensor) == isinstance(like, DTensor)
+
+
+class Owners:
+    """Which parameters have their memory to themselves, looked at again when one has moved."""
+
+    def __init__(self) -> None:
+        self._addresses: list[int] = []
+        self._owners: list[bool] = []
+
+    def among(self, params: Sequence[Tensor]) -> list[bool]:
+        """Of each parameter, at rest."""
+        addresses = [0 if isinstance(p, DTensor) else p.data_ptr() for p in params]
+        if addresses != self._addresses:
+            count = Counter(addresses)
+            self._owners = [owns_memory(p) and count[a] == 1 for p, a in zip(params, addresses, strict=True)]
+            self._addresses = addresses
+        return self._owners
+
+
+def owns_memory(param: Tensor) -> bool:
+    """Whether a parameter, and no view or other process, has its memory to itself, as far as can be seen."""
+    if isinstance(param, DTensor) or param.layout is not torch.strided:
+        return False
+    storage = param.untyped_storage()
+    return storage.nbytes() == param.numel() * param.element_size() and not (
+        param.device.type == "cpu" and param.is_shared()
+    )

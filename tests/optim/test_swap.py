@@ -7,9 +7,9 @@ import torch
 from plain_loop import PRESETS, adamw, distance, identical, make_batch, make_model, run_plain_loop, sgd, values
 from torch import Tensor, nn
 
-from hf_extrap.optim.base_iterate import owns_memory
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.spares import owns_memory
 
 WORKERS = 3
 
