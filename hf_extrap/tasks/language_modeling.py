@@ -21,13 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    default_data_collator,
 )
 
 import hf_extrap.models  # noqa: F401  (makes the Auto classes know `extrap_lstm`)
 from hf_extrap.models.vocabulary_head import IGNORED, VocabularyHead
 from hf_extrap.tasks.base import DataArguments, PreparedTask, load_splits, parameter_count
-from hf_extrap.tasks.streams import StreamDataset
+from hf_extrap.tasks.streams import StreamDataset, collate
 from hf_extrap.tasks.text import builtin_text, token_streams
 
 LSTM = "extrap_lstm"
@@ -119,7 +118,7 @@ class LanguageModelingTask:
             train_dataset=train,
             eval_dataset=evaluated["validation"],
             test_dataset=evaluated["test"],
-            data_collator=default_data_collator,
+            data_collator=collate,
             metric="perplexity",
             greater_is_better=False,
             compute_metrics=compute_perplexity,

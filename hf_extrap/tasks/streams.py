@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 
 IGNORED = -100
 
@@ -60,13 +63,24 @@ class StreamDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        chunk, stream = divmod(index, self.streams)
+        return {name: rows[0] for name, rows in self._batch([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """One whole batch, for `collate`: a batch costs the same few operations whatever its size."""
+        return [self._batch(indices)]
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        chunk, stream = np.divmod(np.asarray(indices)[:, None], self.streams)
         begin = stream * self.stream_length + chunk * self.seq_len
-        end = min(begin + self.seq_len, (stream + 1) * self.stream_length, self.targets)
-        count = max(end - begin, 0)
-        input_ids = torch.zeros(self.seq_len + 1, dtype=torch.long)
-        labels = torch.full((self.seq_len + 1,), IGNORED, dtype=torch.long)
-        if count:
-            input_ids[: count + 1] = torch.from_numpy(self.ids[begin : end + 1].astype(np.int64))
-            labels[1 : count + 1] = input_ids[1 : count + 1]
-        return {"input_ids": input_ids, "labels": labels}
+        end = np.minimum(begin + self.seq_len, np.minimum((stream + 1) * self.stream_length, self.targets))
+        offsets = np.arange(self.seq_len + 1)
+        # A row that has no target has no context either.
+        read = (offsets <= end - begin) & (begin < end)
+        input_ids = np.where(read, self.ids[np.minimum(begin + offsets, self.targets)], 0).astype(np.int64)
+        labels = np.where(read & (offsets > 0), input_ids, IGNORED)
+        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack chunks that come one by one; a batch that `StreamDataset` has made whole is left as it is."""
+    return items[0] if items[0]["input_ids"].dim() == 2 else default_data_collator(list(items))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from hf_extrap.tasks.streams import IGNORED, StreamDataset
+from hf_extrap.tasks.streams import IGNORED, StreamDataset, collate
 
 
 def worker_texts(world_size: int, accumulation: int, batch: int = 2, seq_len: int = 3) -> dict[int, np.ndarray]:
@@ -66,6 +66,33 @@ def test_training_leaves_out_only_the_incomplete_end() -> None:
     assert (len(data), data.targets) == (16, 80)
     with pytest.raises(IndexError):
         data[16]
+
+
+class CountedText(np.ndarray):
+    """A text that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, key: object) -> np.ndarray:
+        type(self).reads += 1
+        return np.asarray(self)[key]
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_a_batch_holds_the_items_and_is_read_in_one_go(batch: int, complete: bool) -> None:
+    text = np.arange(100, 191, dtype=np.uint16).view(CountedText)
+    data = StreamDataset(text, streams=8, seq_len=5, complete=complete)
+    items = [data[i] for i in range(len(data))]
+    CountedText.reads = 0
+    batches = list(DataLoader(data, batch, collate_fn=collate))
+    assert CountedText.reads == len(batches) == len(data) // batch
+    for number, whole in enumerate(batches):
+        alone = items[number * batch : (number + 1) * batch]
+        assert whole.keys() == {"input_ids", "labels"}
+        for name, tensor in whole.items():
+            assert tensor.dtype == torch.int64 and torch.equal(tensor, torch.stack([item[name] for item in alone]))
+    assert torch.equal(collate(items[:3])["input_ids"], torch.stack([item["input_ids"] for item in items[:3]]))
 
 
 def test_too_short_a_text_is_refused() -> None:
