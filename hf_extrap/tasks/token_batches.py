@@ -12,13 +12,23 @@ from torch.utils.data import Dataset
 Example = dict[str, list[int]]
 
 
+class ReadyBatch(list[Example]):
+    """Examples that always come together, and so need to be collated once.
+
+    Attributes:
+        collated: the collator that met them last, and what it made of them.
+    """
+
+    collated: tuple[object, dict[str, Any]] | None = None
+
+
 class TokenBatches(Dataset):
     """A map-style dataset whose items are ready batches of examples of similar length.
 
     Which examples share a batch is fixed once, by a seeded shuffle followed by a stable sort by length (as in
     fairseq). Only the order of the batches changes from epoch to epoch, by the trainer's own sampler, so sharding
     over processes and resuming in the middle of an epoch work as with any other dataset. Use it with
-    `per_device_train_batch_size=1` and an `UnwrappingCollator`.
+    `per_device_train_batch_size=1` and an `UnwrappingCollator`, which keeps the tensors of every batch it has met.
 
     Args:
         examples: Rows with `input_ids` and `labels`; read once and kept in memory.
@@ -43,13 +53,14 @@ class TokenBatches(Dataset):
             )
         self.batch_tokens = batch_tokens
         self.batches = _group(sources, targets, batch_tokens, seed)
+        self._ready = [ReadyBatch(self.examples[i] for i in batch) for batch in self.batches]
         self.target_tokens = int(targets.sum())
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> list[Example]:
-        return [self.examples[i] for i in self.batches[index]]
+    def __getitem__(self, index: int) -> ReadyBatch:
+        return self._ready[index]
 
     @property
     def tokens_per_batch(self) -> float:
@@ -128,6 +139,9 @@ class FullBatches(Dataset):
 class UnwrappingCollator:
     """Collates items that are examples, or ready batches of examples, with another collator.
 
+    A ready batch that comes alone is collated when it is met first; from the second epoch on it costs next to nothing.
+    Nobody may write to the tensors.
+
     Args:
         collator: Takes a list of examples and returns a batch of tensors.
     """
@@ -135,7 +149,12 @@ class UnwrappingCollator:
     def __init__(self, collator: Callable[[list[Example]], Any]) -> None:
         self.collator = collator
 
-    def __call__(self, items: Sequence[Example | list[Example]]) -> Any:
+    def __call__(self, items: Sequence[Example | ReadyBatch]) -> Any:
+        if len(items) == 1 and isinstance(batch := items[0], ReadyBatch):
+            if batch.collated is None or batch.collated[0] is not self:
+                batch.collated = self, self.collator(batch)
+            # The Trainer takes entries out of a batch.
+            return dict(batch.collated[1])
         examples: list[Example] = []
         for item in items:
             examples.extend(item if isinstance(item, list) else [item])

@@ -10,7 +10,14 @@ import datasets
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import EvalPrediction, MarianConfig, MarianMTModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    MarianConfig,
+    MarianMTModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_extrap.tasks.translation as translation
@@ -244,6 +251,58 @@ def test_beam_search_gives_texts_that_the_metric_scores(prepare):
     assert (generated[:, 0] == prepared.processing_class.bos_token_id).all() and generated.shape[1] <= 10
     perfect = prepared.compute_metrics(EvalPrediction(batch["labels"].numpy(), batch["labels"].numpy()))
     assert perfect["chrf"] == pytest.approx(100.0) and perfect["length_ratio"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_evaluation_by_length_finds_what_each_sentence_alone_gives(prepare, tmp_path, beams):
+    prepared = prepare({"per_device_eval_batch_size": 8})
+    trainer = Seq2SeqTrainer(
+        model=prepared.model,
+        args=training_arguments(tmp_path, per_device_eval_batch_size=8),
+        data_collator=prepared.data_collator,
+        processing_class=prepared.processing_class,
+    )
+    with torch.no_grad():
+        # Untrained, but with something to say about each source.
+        for parameter in prepared.model.parameters():
+            parameter.mul_(10)
+    found = trainer.predict(prepared.eval_dataset, max_length=20, num_beams=beams)
+    rows = [example for example in prepared.eval_dataset.items if example["labels"]]
+    sources = [len(example["input_ids"]) for example in rows]
+    assert len(rows) == 30 and sources == sorted(sources) and sources[0] < sources[-1]
+
+    metrics = prepared.compute_metrics
+    batched, references = metrics.texts(found.predictions, found.label_ids)
+    alone, own_references = [], []
+    for example in rows:
+        batch = prepared.data_collator([example])
+        generated = prepared.model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=20, num_beams=beams
+        )
+        texts = metrics.texts(generated.numpy(), batch["labels"].numpy())
+        alone += texts[0]
+        own_references += texts[1]
+    assert batched == alone and references == own_references
+    assert len(set(alone)) > 20
+
+
+def test_keeping_ready_batches_changes_no_bit_of_a_training(prepare, tmp_path):
+    losses, weights = [], []
+    for keeps in (True, False):
+        prepared = prepare(max_train_samples=60)
+        plain = DataCollatorForSeq2Seq(prepared.processing_class, model=prepared.model)
+        trainer = Seq2SeqTrainer(
+            model=prepared.model,
+            args=training_arguments(tmp_path, num_train_epochs=3, logging_steps=1, save_strategy="no"),
+            train_dataset=prepared.train_dataset,
+            data_collator=prepared.data_collator if keeps else lambda items, plain=plain: plain(list(items[0])),
+            processing_class=prepared.processing_class,
+        )
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        weights.append(torch.cat([p.detach().reshape(-1) for p in prepared.model.parameters()]))
+    assert len(losses[0]) == 3 * len(prepared.train_dataset) and losses[0] == losses[1]
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import sacrebleu
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from sacrebleu.metrics import BLEU, CHRF
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import EvalPrediction
 
 from hf_extrap.tasks.bleu import Bleu, TranslationMetrics, bleu_signature
 from hf_extrap.tasks.pairs import builtin_pairs
 from hf_extrap.tasks.subwords import train_bpe
-from hf_extrap.tasks.token_batches import FullBatches, TokenBatches, UnwrappingCollator, lengths
+from hf_extrap.tasks.token_batches import FullBatches, ReadyBatch, TokenBatches, UnwrappingCollator, lengths
 
 GERMAN = [
     "Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.",
@@ -126,9 +127,27 @@ def test_an_example_longer_than_a_batch_is_refused():
 
 
 def test_the_collator_unwraps_ready_batches_and_takes_examples_as_they_are():
-    collate = UnwrappingCollator(lambda rows: [row["labels"] for row in rows])
+    collate = UnwrappingCollator(lambda rows: {"labels": [row["labels"] for row in rows]})
     a, b = ({"labels": [n]} for n in (1, 2))
-    assert collate([[a, b]]) == collate([a, b]) == [[1], [2]]
+    assert collate([ReadyBatch([a, b])]) == collate([a, b]) == {"labels": [[1], [2]]}
+    assert collate([ReadyBatch([a]), ReadyBatch([b])]) == collate([a, b])
+
+
+def test_a_ready_batch_is_collated_once():
+    made: list[int] = []
+
+    def count(rows):
+        made.append(len(rows))
+        return {"labels": torch.tensor([len(row["labels"]) for row in rows])}
+
+    dataset = TokenBatches(examples(300), 300)
+    loader = DataLoader(dataset, batch_size=1, collate_fn=UnwrappingCollator(count))
+    epochs = [[batch.pop("labels") for batch in loader] for _ in range(3)]
+    assert made == [len(dataset[i]) for i in range(len(dataset))]
+    assert all(map(torch.equal, epochs[0], epochs[2]))
+    # Another collator makes its own.
+    other = UnwrappingCollator(lambda rows: {"rows": len(rows)})
+    assert [other([dataset[i]]) for i in range(len(dataset))] == [{"rows": n} for n in made]
 
 
 @pytest.mark.parametrize("count", [3, 16, 17, 50, 97])
