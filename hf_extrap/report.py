@@ -34,6 +34,7 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
         ["workers", worker_words(metrics)],
         ["training time", _seconds(metrics["train_seconds"])],
         ["seconds a step", _optional(metrics["seconds_per_step"], ".3f")],
+        ["of which waiting for data", _optional(metrics["data_seconds_per_step"], ".5f")],
         ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")]
         if metrics["tokens_per_second"]
         else ["samples a second", _optional(metrics["samples_per_second"], ",.0f")],

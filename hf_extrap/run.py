@@ -230,6 +230,7 @@ def _progress(trainer: Trainer, prepared: PreparedTask, recorder: RunRecorder) -
         "steps": state.global_step,
         "epochs": state.epoch,
         "seconds_per_step": step_seconds,
+        "data_seconds_per_step": recorder.data_seconds_per_step,
         "samples_per_second": rate * prepared.samples_per_epoch if rate and prepared.samples_per_epoch else None,
         "tokens_per_second": rate * prepared.tokens_per_epoch if rate and prepared.tokens_per_epoch else None,
         "train_loss": next((row["loss"] for row in reversed(_rows(trainer, "loss"))), None),

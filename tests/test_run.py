@@ -74,6 +74,8 @@ def test_metrics_tell_what_was_run(finished: Path) -> None:
     assert metrics["eval"]["eval_bleu"] >= 0 and metrics["test"]["test_bleu"] >= 0
     assert metrics["test"]["num_beams"] == 2
     assert metrics["seconds_per_step"] > 0
+    # Every step is logged.
+    assert metrics["data_seconds_per_step"] is None
     tokens_per_batch = metrics["facts"]["target_tokens_per_batch"]
     assert metrics["global_batch_units"] == pytest.approx(2 * tokens_per_batch)
     # Two micro-batches a step; an epoch may end on a shorter one.

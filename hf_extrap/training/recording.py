@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,20 +39,28 @@ class RunRecorder(TrainerCallback):
     Attributes:
         replicas_identical: whether the replicas were bit-identical at the end of every epoch so far.
         intervals: seconds from the beginning of one step to that of the next, where no evaluation or save lies between.
+        waits: seconds from the end of one step to the beginning of the next, in which the loader makes its batches,
+            where nothing else lies between.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.replicas_identical = True
         self.intervals: list[float] = []
+        self.waits: list[float] = []
         self._began: float | None = None
+        self._ended: float | None = None
 
     @property
     def seconds_per_step(self) -> float | None:
         """Mean seconds a step, data loading included; None before the second step."""
         # The first step allocates and warms up.
-        steady = self.intervals[1:] if len(self.intervals) > 2 else self.intervals
-        return sum(steady) / len(steady) if steady else None
+        return _mean(self.intervals[1:] if len(self.intervals) > 2 else self.intervals)
+
+    @property
+    def data_seconds_per_step(self) -> float | None:
+        """Mean seconds a step in which training waits for its batches; None where something is logged at every step."""
+        return _mean(self.waits)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,26 +68,35 @@ class RunRecorder(TrainerCallback):
         now = time.perf_counter()
         if self._began is not None:
             self.intervals.append(now - self._began)
+        if self._ended is not None:
+            self.waits.append(now - self._ended)
         self._began = now
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ended = time.perf_counter()
         if self._began is not None and (control.should_training_stop or state.global_step >= state.max_steps):
-            self.intervals.append(time.perf_counter() - self._began)
+            self.intervals.append(self._ended - self._began)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._began = None
+        self._began = self._ended = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._began = None
+        self._began = self._ended = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ended = None
         if state.is_world_process_zero:
             self.folder.write_history(state.log_history)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._ended = None
         self.replicas_identical &= replicas_agree(kwargs["model"]) is not False
+
+
+def _mean(seconds: Sequence[float]) -> float | None:
+    return sum(seconds) / len(seconds) if seconds else None
 
 
 class ConciseProgress(ProgressCallback):
