@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-all study gpu lint clean
+.PHONY: run test test-all study bench gpu lint clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed
@@ -29,10 +29,15 @@ study: .venv/installed-study
 	for study in configs/studies/cpu_*.yaml; do \
 	    $(BIN)/hf-extrap study run $$study --jobs 2 && $(BIN)/hf-extrap study report $$study || exit $$?; done
 
-# The next pieces of the studies for a GPU, as many as end within $(MINUTES): call it until it says that nothing is left.
+# Step time and memory beside the base optimizer and the peers, as much as fits two cores in ten minutes.
+bench: .venv/installed-bench
+	OMP_NUM_THREADS=2 $(BIN)/hf-extrap bench --part cpu
+
+# The benchmark for a GPU, then the next pieces of the studies, as many as end within $(MINUTES): call it until it says that nothing is left.
 MINUTES ?= 9
-gpu: .venv/installed-study
+gpu: .venv/installed-study .venv/installed-bench
 	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	$(BIN)/hf-extrap bench --part gpu --minutes $(MINUTES) --output_dir runs/bench-gpu || exit $$?; \
 	for study in configs/studies/gpu_*.yaml; do \
 	    left=$$(((end - $$(date +%s)) / 60)); [ $$left -ge 1 ] || break; \
 	    $(BIN)/hf-extrap study run $$study --minutes $$left || exit $$?; done

@@ -1,4 +1,4 @@
-"""The command line: hf-extrap train, compare, study, sharpness, doctor."""
+"""The command line: hf-extrap train, compare, study, sharpness, bench, doctor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for an error that the user can mend, told in one sentence on stderr; of a study 1 if a run
-        failed, and 130 after Ctrl-C; of the doctor 1 if a given configuration cannot run here.
+        failed, and 130 after Ctrl-C; of the doctor 1 if a given configuration
+        cannot run here.
     """
     words = list(sys.argv[1:] if words is None else words)
     command = shlex.join(["hf-extrap", *words])
@@ -37,7 +38,9 @@ def main(words: Sequence[str] | None = None) -> int:
             return _sharpness(config, known, rest, command)
         if rest:
             raise ValueError(f"{known.command} takes no {rest[0]!r}.")
-        return _study(known, command) if known.command == "study" else _doctor(known)
+        if known.command == "study":
+            return _study(known, command)
+        return _bench(known) if known.command == "bench" else _doctor(known)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("HF_EXTRAP_TRACEBACK"):
             raise
@@ -93,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
         if action == "run":
             parser_of_action.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
             parser_of_action.add_argument("--jobs", type=int, default=1, help="processes at once, one thread each")
+    bench = commands.add_parser(
+        "bench",
+        help="step time and memory beside the base optimizer and the peers",
+        description="Interleaved rounds of every method on every workload; what is in the folder already is kept.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("--part", default=None, help="cpu or gpu: the workloads that are for it; default: by the device")
+    bench.add_argument("--workloads", default=None, help="names, separated by commas, in the place of a part")
+    bench.add_argument("--methods", default=None, help="names, separated by semicolons; default: all")
+    bench.add_argument("--rounds", type=int, default=20, help="interleaved steps of each method")
+    bench.add_argument("--minutes", type=float, default=None, help="begin nothing after so many minutes")
+    bench.add_argument("--device", default=None, help="cpu or cuda; default: a GPU if there is one")
+    bench.add_argument("--output_dir", default="runs/bench", help="folder to write to, and to go on from")
     doctor = commands.add_parser(
         "doctor",
         help="versions, devices, and what can run here",
@@ -171,6 +187,17 @@ def _study(known: argparse.Namespace, command: str) -> int:
     from hf_extrap.study.runner import run_study
 
     return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
+
+
+def _bench(known: argparse.Namespace) -> int:
+    # The profiler, which counts memory, tells of its starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from hf_extrap.benchmarks.bench import METHODS, bench, workloads_of
+
+    workloads = known.workloads.split(",") if known.workloads else workloads_of(known.part, known.device)
+    methods = [name.strip() for name in known.methods.split(";")] if known.methods else list(METHODS)
+    bench(workloads, methods, known.rounds, known.minutes, known.output_dir, known.device)
+    return 0
 
 
 def _quiet() -> None:

@@ -1,0 +1,200 @@
+"""`hf-extrap bench`: every method on every workload that fits, what is done kept, one JSON and one table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from . import processes, trainers
+from .floor import BASES, copy_bandwidth, floor_of, moved
+from .memory import peak_bytes
+from .methods import EXTRA_ALL_REDUCES, METHODS, NotInstalled, make
+from .report import write_report
+from .timing import interleaved
+from .workloads import WORKLOADS, Made, Workload
+
+LOOPS: dict[str, Callable[[int], dict[str, Any]]] = {"trainer": trainers.run, "processes": processes.run}
+"""What is measured by a loop of its own, with methods of its own."""
+
+PARTS = {
+    "cpu": (
+        *("lstm", "translation", "resnet", "trainer", "processes"),
+        *("flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
+    ),
+    "gpu": ("gpt2", "lstm", "translation", "resnet", "trainer", "flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
+}
+"""Workloads by part: what fits two cores in about ten minutes, and what a GPU is for."""
+
+
+def bench(
+    workloads: Sequence[str],
+    methods: Sequence[str],
+    rounds: int = 20,
+    minutes: float | None = None,
+    output_dir: str = "runs/bench",
+    device: str | None = None,
+) -> None:
+    """Measure what is not in `output_dir` yet, and write `bench.json`, `bench.md` and `bench.png` there.
+
+    Args:
+        workloads: names in `WORKLOADS` and `LOOPS`.
+        methods: names in `METHODS`; `base` is always among them.
+        rounds: interleaved steps of each method.
+        minutes: begin no workload after so many.
+        output_dir: folder to write to, and to go on from.
+        device: `cpu` or `cuda`; default: the GPU if there is one.
+
+    Raises:
+        ValueError: for an unknown name, or a folder that holds figures of another machine or version.
+    """
+    for kind, names, known in (("workload", workloads, (*WORKLOADS, *LOOPS)), ("method", methods, METHODS)):
+        if wrong := [name for name in names if name not in known]:
+            raise ValueError(f"{kind} is {wrong[0]!r}; allowed: {', '.join(known)}.")
+    if rounds < 2:
+        raise ValueError(f"rounds is {rounds}; allowed: a whole number >= 2.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder, end = Path(output_dir), time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+    content = _begin(folder / "bench.json", place)
+    methods = ["base", *(name for name in methods if name != "base")]
+    for name in workloads:
+        found = content["results"].setdefault(name, {})
+        todo = [m for m in methods if m not in found] if name in WORKLOADS else [] if found else [name]
+        if not todo:
+            continue
+        if time.monotonic() >= end:
+            _write(folder, content)
+            print(f"Time is up before {name}; the same command goes on from here.")
+            return
+        if name in LOOPS:
+            found |= LOOPS[name](rounds)
+        else:
+            for group in _groups(WORKLOADS[name], todo):
+                measured = _measure(WORKLOADS[name], group, rounds, place, name)
+                found |= {m: row for m, row in measured.items() if m not in found}
+        _write(folder, content)
+    _write(folder, content)
+    print((folder / "bench.md").read_text(encoding="utf-8"))
+
+
+def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
+    """The workloads of a part; without one, of the device."""
+    part = part or ("gpu" if (device or "cpu") != "cpu" or torch.cuda.is_available() else "cpu")
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}; allowed: {', '.join(PARTS)}.")
+    return PARTS[part]
+
+
+def _groups(workload: Workload, methods: Sequence[str]) -> list[list[str]]:
+    """Methods that are interleaved with each other: all, or each with the base where memory is short."""
+    others = [m for m in methods if m != "base"]
+    return [["base", m] for m in others] if workload.flat else [["base", *others]]
+
+
+def _measure(
+    workload: Workload, methods: Sequence[str], rounds: int, device: torch.device, name: str
+) -> dict[str, Any]:
+    if reason := _too_large(workload, device, len(methods)):
+        return {method: {"skipped": reason} for method in methods}
+    rows: dict[str, Any] = {}
+    steps = {}
+    for method in methods:
+        try:
+            steps[method] = make(method, Made(workload, device))[0]
+        except NotInstalled as missing:
+            rows[method] = {"skipped": str(missing)}
+    with tqdm(total=3 + rounds, desc=f"{name}: {', '.join(steps)}"[:60], unit="round") as bar:
+        seconds = interleaved(steps, rounds, bar.update)
+    del steps
+    base = seconds["base"]
+    for method, found in seconds.items():
+        parameters = sum(p.numel() for p in Made(workload, device).params)
+
+        def three_steps(method: str = method) -> Any:
+            step, optimizer = make(method, Made(workload, device))
+            for _ in range(3):
+                step()
+            return step, optimizer
+
+        rows[method] = {
+            **found,
+            "base_step": base["step"],
+            "base_optimizer": base["optimizer"],
+            "parameters": parameters,
+            "peak_bytes": peak_bytes(device, three_steps),
+            "extra_bytes_sent": 4 * parameters * EXTRA_ALL_REDUCES.get(method, 0),
+            **_traffic(workload, method),
+        }
+    return rows
+
+
+def _traffic(workload: Workload, method: str) -> dict[str, Any]:
+    """Reads and writes of tensors as large as the parameters, at least and in fact, where a formula knows them."""
+    from hf_extrap.optim.config import PRESETS, ExtrapConfig
+
+    own = BASES[workload.base]
+    if method == "base":
+        return {"floor": own, "moved": own}
+    preset = method.split(",")[0]
+    if preset not in PRESETS:
+        return {}
+    config = ExtrapConfig.preset(preset, **({"step_ratio": 0.5} if method.endswith("ratio") else {}))
+    swap = not method.endswith("copy")
+    return {"floor": own + floor_of(config).total, "moved": own + moved(config, swap).total}
+
+
+def _too_large(workload: Workload, device: torch.device, methods: int) -> str | None:
+    if workload.needs_gpu and device.type != "cuda":
+        return "needs a GPU."
+    needed = workload.bytes_each * (methods if workload.flat else 1)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        return f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free."
+    return None
+
+
+def _begin(path: Path, device: torch.device) -> dict[str, Any]:
+    """The figures of an earlier call, or a new file's head."""
+    import transformers
+
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if path.exists():
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name, value in machine.items() if content["machine"].get(name) != value]
+        if differing:
+            raise ValueError(
+                f"{path} holds figures of another machine ({differing[0]} was {content['machine'].get(differing[0])!r} "
+                f"and is {machine[differing[0]]!r}); allowed: another output_dir."
+            )
+        return content
+    return {"machine": machine, "copy_bandwidth": copy_bandwidth(device), "results": {}}
+
+
+def _processor() -> str:
+    """The name of the CPU, where the system tells it."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "bench.json.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / "bench.json")
+    write_report(content, folder)

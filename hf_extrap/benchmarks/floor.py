@@ -1,0 +1,94 @@
+"""The floor: how often a step must read or write something as large as the parameters, and how often ours does."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from hf_extrap.optim.config import ExtrapConfig
+
+BASES = {"sgd": 3, "nesterov": 5, "adamw": 7}
+"""Reads and writes of a base optimizer's own step: x and the gradient read, x written, each state read and written."""
+
+
+class Traffic(NamedTuple):
+    """Reads and writes of tensors as large as the parameters, in one step.
+
+    Attributes:
+        move: from x to y, before the forward pass.
+        capture: of the gradient that is, or becomes, a direction; in one backward pass.
+        back: from y to x.
+        step: beside the base optimizer's.
+    """
+
+    move: float
+    capture: float
+    back: float
+    step: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
+def floor_of(config: ExtrapConfig) -> Traffic:
+    """What the scheme costs at least: x and d are read and y is written, a gradient of its own is read and written.
+
+    A single kernel for the base optimizer's step could give every norm on its way. The next y is not written in that
+    step: its step size follows a learning rate that the schedule sets later, and between steps the parameters are x.
+    """
+    if not config.moves:
+        return Traffic(0, 0, 0, 0)
+    if config.is_noise:
+        return Traffic(move=2, capture=0, back=0, step=0)
+    return Traffic(move=3, capture=2 if config.is_local else 0, back=0, step=0)
+
+
+def moved(config: ExtrapConfig, swap: bool = True) -> Traffic:
+    """What `Extrapolated` reads and writes, with one worker and no statistics.
+
+    Args:
+        config: the scheme; with a numeric step size, no preconditioner, and directions beside the parameters.
+        swap: whether parameters point to y (`ExtrapConfig.swap`); else x is copied before and after.
+    """
+    if not config.moves:
+        return Traffic(0, 0, 0, 0)
+    # Noise is drawn as a tensor of its own: written, scaled and read. A fresh gradient of all is written by backward.
+    drawn = 1 if config.is_noise else 0
+    norms = {"none": 0, "norm": 1, "step": 1, "layer_step": 1, "layer": 2, "filter": 5, "adaptive": 9}[config.scaling]
+    step = 1.0 if config.check_finite else 0.0
+    if config.direction == "past_update":
+        # x is copied before the step, the new one subtracted, and the difference divided by the learning rate.
+        step += 2 + 3 + 2
+    elif config.scales_by_step or config.max_displacement is not None:
+        step += 2 + 3 + 1
+    kept = config.direction == "past_gradient" and not config.is_local
+    captured = 2 if config.direction in ("gradient", "past_gradient") and not kept else 0
+    return Traffic(
+        move=drawn + norms + 3 + (0 if swap else 2),
+        capture=captured,
+        back=0 if swap else 2,
+        step=step + (2 if kept else 0),
+    )
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 28, rounds: int = 9) -> float:
+    """Bytes a second, read and written, of the fastest of some copies of `size` bytes."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(rounds):
+        _synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.numel() * 4 / min(seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

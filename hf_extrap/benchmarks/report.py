@@ -1,0 +1,102 @@
+"""The table and the figure of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from hf_extrap.figures import COLOURS
+
+from .timing import ratio, spread
+from .workloads import WORKLOADS
+
+OTHERS = {
+    "trainer": "stock Trainer (base) and ExtrapTrainer, LSTM 1 × 128, 16 × 32 tokens",
+    "processes": "DistributedDataParallel (base) and extrapolation, two processes, the LSTM of `lstm`",
+}
+
+
+def write_report(content: Mapping[str, Any], folder: Path) -> None:
+    """Write `bench.md` and `bench.png` of what `bench.json` holds."""
+    (folder / "bench.md").write_text(table(content), encoding="utf-8")
+    rows = {
+        name: {m: r for m, r in found.items() if "step" in r and m != "base"}
+        for name, found in content["results"].items()
+        if name in WORKLOADS and not WORKLOADS[name].flat
+    }
+    if any(rows.values()):
+        draw({name: found for name, found in rows.items() if found}, folder / "bench.png")
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Every method of every workload, in Markdown: time as a ratio to the base's of the same rounds."""
+    machine, bandwidth = content["machine"], content["copy_bandwidth"]
+    parts = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; a copy moves {bandwidth / 1e9:.1f} GB/s, read and written.",
+        "Median of interleaved rounds (interquartile range); ratio to the base in the same rounds, with its 95 % "
+        "bootstrap interval. Optimizer: what is outside of the passes. Moves: reads and writes of all parameters; the "
+        "floor is what the scheme needs at least, and its time is that at the speed of the copy.",
+    ]
+    for name, found in content["results"].items():
+        parts.append(f"### {name}: {WORKLOADS[name].title if name in WORKLOADS else OTHERS[name]}")
+        flat = name in WORKLOADS and WORKLOADS[name].flat
+        rows = [_cells(method, row, bandwidth, flat) for method, row in found.items()]
+        parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) -> dict[str, str]:
+    if "skipped" in row:
+        return {"method": f"`{method}`", "ratio to base": row["skipped"]}
+    which = "optimizer" if flat else "step"
+    middle, low, high = ratio(row[which], row[f"base_{which}"])
+    cells = {"method": f"`{method}`", "ratio to base": "1"}
+    if method != "base":
+        cells["ratio to base"] = f"{middle:.3f} ({low:.3f} … {high:.3f})"
+    if not flat:
+        cells["step, ms"] = _milliseconds(row["step"])
+    if "optimizer" in row:
+        cells["optimizer, ms"] = _milliseconds(row["optimizer"])
+        cells["peak, MB"] = f"{row['peak_bytes'] / 1e6:.1f}"
+        cells["sent more, MB"] = f"{row['extra_bytes_sent'] / 1e6:.1f}"
+    if "floor" in row:
+        cells["moves (floor)"] = f"{row['moved']:g} ({row['floor']:g})"
+        if flat:
+            seconds = row["floor"] * 4 * row["parameters"] / bandwidth
+            cells["time ÷ floor"] = f"{spread(row['optimizer'])[0] / seconds:.2f}"
+    return cells
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    middle, width = spread(seconds)
+    return f"{1e3 * middle:.2f} ({1e3 * width:.2f})"
+
+
+def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw the ratio of each method's step to the base's, with its interval, one panel a workload."""
+    from matplotlib.figure import Figure
+
+    methods = list(dict.fromkeys(method for found in rows.values() for method in found))
+    figure = Figure(figsize=(3.2 * len(rows) + 2.2, 0.28 * len(methods) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    for panel, (name, found), colour in zip(panels, rows.items(), COLOURS, strict=False):
+        for place, method in enumerate(methods):
+            if method in found:
+                middle, low, high = ratio(found[method]["step"], found[method]["base_step"])
+                panel.barh(place, middle - 1, left=1, color=colour, alpha=0.6)
+                panel.plot([low, high], [place, place], color="black", linewidth=1)
+                panel.annotate(
+                    f"{middle:.2f}", (max(middle, high), place), (3, 0), textcoords="offset points", va="center"
+                )
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set_title(name)
+        panel.set_xlabel("step time ÷ base")
+        panel.margins(x=0.18)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)

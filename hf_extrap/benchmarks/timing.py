@@ -1,0 +1,53 @@
+"""Interleaved rounds, so that a slow minute of the machine meets all methods alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .methods import Step
+
+WARM_UPS = 3
+
+
+def interleaved(
+    steps: Mapping[str, Step], rounds: int, tick: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each method's step, in rounds of one step each whose order is turned round every time.
+
+    Args:
+        steps: one step of each, by name.
+        rounds: that are counted, after `WARM_UPS` that are not.
+        tick: called after every round.
+
+    Returns:
+        `step` and `optimizer` of each method, by round.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {"step": [], "optimizer": []} for name in steps}
+    for round_ in range(WARM_UPS + rounds):
+        for name in list(steps)[:: 1 if round_ % 2 else -1]:
+            started = time.perf_counter()
+            optimizer = steps[name]()
+            seconds = time.perf_counter() - started
+            if round_ >= WARM_UPS:
+                found[name]["step"].append(seconds)
+                found[name]["optimizer"].append(optimizer)
+        tick()
+    return found
+
+
+def ratio(ours: Sequence[float], base: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The median over rounds of ours / base, and its 95 % interval by the bootstrap (Efron 1979)."""
+    ratios = np.asarray(ours) / np.asarray(base)
+    generator = np.random.default_rng(0)
+    medians = np.median(generator.choice(ratios, (draws, len(ratios))), axis=1)
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def spread(seconds: Sequence[float]) -> tuple[float, float]:
+    """Median and interquartile range."""
+    low, middle, high = np.quantile(np.asarray(seconds), (0.25, 0.5, 0.75))
+    return float(middle), float(high - low)

@@ -1,0 +1,82 @@
+"""ExtrapTrainer beside the stock Trainer: seconds from the begin to the end of a step, callbacks and all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+STEPS = 20
+KINDS = ("base", "none", "extrap-past")
+
+
+class _Rows(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 16 * STEPS
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(3, 1000, (32,), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def _model() -> nn.Module:
+    from hf_extrap.models.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
+
+    return ExtrapLstmForCausalLM(
+        ExtrapLstmConfig(vocab_size=1000, hidden_size=128, embedding_size=128, num_hidden_layers=1, dropout=0.0)
+    )
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """Train for `STEPS` steps with each in turn, `rounds` times; the first five steps of each are not counted."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for round_ in tqdm(range(rounds), desc="trainer", unit="round"):
+        for kind in KINDS[:: 1 if round_ % 2 else -1]:
+            found[kind] += _train(kind)
+    base = found["base"]
+    parameters = sum(p.numel() for p in _model().parameters())
+    return {kind: {"step": seconds, "base_step": base, "parameters": parameters} for kind, seconds in found.items()}
+
+
+def _train(kind: str) -> list[float]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        fields: dict[str, Any] = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 16,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        if kind == "base":
+            trainer = Trainer(_model(), TrainingArguments(folder, **fields), train_dataset=_Rows())
+        else:
+            arguments = ExtrapTrainingArguments(folder, extrap=kind, **fields)
+            trainer = ExtrapTrainer(_model(), arguments, train_dataset=_Rows())
+        trainer.add_callback(Clock())
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+    return seconds[5:]

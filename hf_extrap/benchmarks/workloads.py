@@ -1,0 +1,165 @@
+"""What is trained: the models of the recipes at their batch shapes, on random tokens, and flat lists of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Loss = Callable[[nn.Module, int, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to train.
+
+    Attributes:
+        title: in words.
+        build: makes the model on a device.
+        loss: of a model, for a worker's number and the share of its batch that is used.
+        base: `nesterov` or `adamw`.
+        workers: virtual workers of a step.
+        flat: whether gradients are given, so that the optimizer is all there is.
+        needs_gpu: whether a CPU would take minutes a step.
+        bytes_each: of one method's parameters, gradients and states, where that is large.
+    """
+
+    title: str
+    build: Callable[[torch.device], nn.Module]
+    loss: Loss | None
+    base: str
+    workers: int = 1
+    flat: bool = False
+    needs_gpu: bool = False
+    bytes_each: int = 0
+
+    def optimizer(self, params: Sequence[Tensor]) -> Optimizer:
+        """The base optimizer of the recipe."""
+        if self.base == "adamw":
+            return torch.optim.AdamW(params, lr=1e-3, fused=True)
+        return torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True, fused=True)
+
+
+class Flat(nn.Module):
+    """A list of parameters, for whose gradient nothing is computed."""
+
+    def __init__(self, parameters: int, tensors: int, device: torch.device) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(parameters // tensors, device=device) for _ in range(tensors))
+
+
+def _lstm(device: torch.device) -> nn.Module:
+    from hf_extrap.models.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
+
+    config = ExtrapLstmConfig(hidden_size=200, embedding_size=200, num_hidden_layers=2, dropout=0.0)
+    return _on(ExtrapLstmForCausalLM(config), device)
+
+
+def _marian(device: torch.device) -> nn.Module:
+    from transformers import MarianConfig, MarianMTModel
+
+    fields: dict[str, Any] = {"vocab_size": 4000, "decoder_vocab_size": 4000, "d_model": 128}
+    for side in ("encoder", "decoder"):
+        fields |= {f"{side}_layers": 4, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 256}
+    fields |= {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
+    return _on(MarianMTModel(MarianConfig(**fields, forced_eos_token_id=None)), device)
+
+
+def _resnet(device: torch.device) -> nn.Module:
+    from hf_extrap.models.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
+
+    classes: dict[str, Any] = {"num_labels": 10}
+    return _on(ExtrapResNetForImageClassification(ExtrapResNetConfig(**classes)), device)
+
+
+def _gpt2(device: torch.device) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _on(GPT2LMHeadModel(GPT2Config()), device)
+
+
+def _on(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device)
+
+
+def _tokens(rows: int, length: int, vocabulary: int) -> Loss:
+    """The loss of predicting random tokens in bf16 autocast, `rows` × `length` for each worker."""
+
+    def loss(model: nn.Module, worker: int, share: float) -> Tensor:
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(worker)
+        used = max(1, round(share * rows))
+        tokens = torch.randint(3, vocabulary, (used, length), generator=generator, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            found: Tensor = model(input_ids=tokens, labels=tokens).loss
+        return found
+
+    return loss
+
+
+def _pictures(rows: int) -> Loss:
+    def loss(model: nn.Module, worker: int, share: float) -> Tensor:
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(worker)
+        used = max(1, round(share * rows))
+        pictures = torch.randn(used, 3, 32, 32, generator=generator, device=device)
+        labels = torch.randint(10, (used,), generator=generator, device=device)
+        found: Tensor = model(pixel_values=pictures, labels=labels).loss
+        return found
+
+    return loss
+
+
+def _flat(parameters: int, tensors: int) -> Workload:
+    return Workload(
+        f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW",
+        lambda device: Flat(parameters, tensors, device),
+        None,
+        "adamw",
+        flat=True,
+        bytes_each=6 * 4 * parameters,
+    )
+
+
+WORKLOADS: dict[str, Workload] = {
+    "lstm": Workload("LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, _tokens(64, 16, 33_000), "adamw", 4),
+    "translation": Workload(
+        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2
+    ),
+    "resnet": Workload("ResNet-20, 128 pictures, SGD + Nesterov", _resnet, _pictures(128), "nesterov"),
+    "gpt2": Workload(
+        "GPT-2 small, 32 × 1,024 tokens, AdamW", _gpt2, _tokens(32, 1024, 50_000), "adamw", needs_gpu=True
+    ),
+    **{
+        f"flat-{parameters:.0e}-{tensors}".replace("e+0", "e"): _flat(parameters, tensors)
+        for parameters in (10**6, 10**7, 10**8, 10**9)
+        for tensors in (10, 10_000)
+    },
+}
+"""Everything that can be benched, by name."""
+
+
+@dataclass
+class Made:
+    """A model with its parameters and, of a flat list, its gradients."""
+
+    workload: Workload
+    device: torch.device
+    model: nn.Module = field(init=False)
+    params: list[nn.Parameter] = field(init=False)
+    gradients: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = self.workload.build(self.device)
+        self.params = list(self.model.parameters())
+        self.gradients = [torch.full_like(p, 1e-3) for p in self.params] if self.workload.flat else []
+
+    def loss(self, worker: int, share: float = 1.0) -> Tensor:
+        """The worker's loss, divided by the number of workers."""
+        assert self.workload.loss is not None
+        return self.workload.loss(self.model, worker, share) / self.workload.workers

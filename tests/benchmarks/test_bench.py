@@ -1,0 +1,161 @@
+"""hf-extrap bench: what it compares, how it counts, what it keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_extrap.benchmarks import bench as module
+from hf_extrap.benchmarks import methods, workloads
+from hf_extrap.benchmarks.bench import bench
+from hf_extrap.benchmarks.memory import peak_bytes
+from hf_extrap.benchmarks.methods import METHODS, NotInstalled, make
+from hf_extrap.benchmarks.timing import WARM_UPS, interleaved, ratio, spread
+from hf_extrap.benchmarks.workloads import Made, Workload
+from hf_extrap.cli import main
+from hf_extrap.optim.config import PRESETS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model and a flat list that take microseconds."""
+
+    def loss(model: torch.nn.Module, worker: int, share: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(worker)
+        return model(torch.randn(max(1, round(8 * share)), 4, generator=generator)).square().mean()
+
+    model = Workload("a line", lambda device: torch.nn.Linear(4, 3).to(device), loss, "adamw", workers=2)
+    for name, workload in {"tiny": model, "tiny-flat": workloads._flat(1000, 10)}.items():
+        monkeypatch.setitem(workloads.WORKLOADS, name, workload)
+    return "tiny"
+
+
+def test_every_preset_and_every_peer_is_compared() -> None:
+    assert {"base", *PRESETS, "schedulefree", "pytorch_optimizer SAM", "cooper extragradient"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("base", ["adamw", "nesterov"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_its_steps(tiny: str, method: str, base: str) -> None:
+    if method == "schedulefree":
+        pytest.importorskip("schedulefree", reason="needs the peer: pip install hf_extrap[bench]")
+    if method == "cooper extragradient":
+        pytest.importorskip("cooper", reason="needs the peer: pip install hf_extrap[bench]")
+    workload = workloads.WORKLOADS[tiny]
+    made = Made(Workload(workload.title, workload.build, workload.loss, base, workers=2), CPU)
+    before = float(made.loss(0) + made.loss(1))
+    step, _ = make(method, made)
+    for _ in range(5):
+        assert 0 <= step() < 10
+    assert float(made.loss(0) + made.loss(1)) < before
+
+
+def test_peers_of_a_kind_take_the_step_that_ours_takes(tiny: str) -> None:
+    # With one worker and no momentum SAM is SAM, whoever wrote it.
+    ends = []
+    for method in ("sam", "pytorch_optimizer SAM"):
+        workload = workloads.WORKLOADS[tiny]
+        made = Made(Workload(workload.title, workload.build, workload.loss, "nesterov"), CPU)
+        step, _ = make(method, made)
+        for _ in range(4):
+            step()
+        ends.append(torch.cat([p.detach().flatten() for p in made.params]))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+
+
+def test_rounds_are_interleaved_and_turned_round() -> None:
+    order: list[str] = []
+
+    def step(name: str) -> Any:
+        return lambda: order.append(name) or 0.0
+
+    found = interleaved({"a": step("a"), "b": step("b")}, rounds=4)
+    assert "".join(order)[2 * WARM_UPS :] in ("abbaabba", "baabbaab")
+    assert all(len(row["step"]) == len(row["optimizer"]) == 4 for row in found.values())
+
+
+def test_ratio_is_that_of_the_rounds() -> None:
+    base = np.random.default_rng(1).uniform(1, 5, 40)
+    noise = np.random.default_rng(2).normal(1, 0.01, 40)
+    middle, low, high = ratio(base * 1.5 * noise, base)
+    assert low < middle < high and abs(middle - 1.5) < 0.02 and high - low < 0.05
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+
+
+def test_peak_is_what_lived_at_once() -> None:
+    def work() -> torch.Tensor:
+        kept = torch.zeros(1_000_000)
+        for _ in range(3):
+            torch.zeros(500_000)
+        return kept
+
+    assert peak_bytes(CPU, work) == pytest.approx(6_000_000, rel=0.01)
+
+
+def test_a_peer_that_is_missing_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(methods, "import_module", missing)
+    with pytest.raises(NotInstalled, match="schedulefree is not installed; allowed: pip install schedulefree"):
+        make("schedulefree", Made(workloads.WORKLOADS[tiny], CPU))
+    bench([tiny], ["schedulefree"], 2, output_dir=str(tmp_path), device="cpu")
+    assert "not installed" in (tmp_path / "bench.md").read_text()
+
+
+def test_what_is_measured_is_kept(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "bench",
+        "--workloads",
+        "tiny,tiny-flat",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main([*words, "--methods", "extrap-past"]) == 0
+    first = json.loads((tmp_path / "bench.json").read_text())
+    assert main([*words, "--methods", "extrap-past;past-update"]) == 0
+    second = json.loads((tmp_path / "bench.json").read_text())
+    for name in (tiny, "tiny-flat"):
+        assert set(second["results"][name]) == {"base", "extrap-past", "past-update"}
+        assert {m: second["results"][name][m] for m in first["results"][name]} == first["results"][name]
+    held = {m: row["peak_bytes"] for m, row in second["results"]["tiny-flat"].items()}
+    # x beside y, and for local directions the gradient that is the next one: 4 bytes each.
+    assert held["past-update"] - held["base"] == pytest.approx(4000, abs=600)
+    assert held["extrap-past"] - held["base"] == pytest.approx(8000, abs=600)
+    table = (tmp_path / "bench.md").read_text()
+    assert "`past-update`" in table and "18 (10)" in table and table in capsys.readouterr().out
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+    assert main([*words[:-1], str(tmp_path / "late"), "--minutes", "0"]) == 0
+    assert "Time is up before tiny" in capsys.readouterr().out
+    assert json.loads((tmp_path / "late" / "bench.json").read_text())["results"]["tiny"] == {}
+
+
+def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["--workloads", "bert"], "workload is 'bert'; allowed: lstm"),
+        (["--methods", "adam"], "method is 'adam'; allowed: base"),
+        (["--part", "tpu"], "part is 'tpu'; allowed: cpu, gpu"),
+        (["--rounds", "1"], "rounds is 1; allowed"),
+    ):
+        assert main(["bench", *words, "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "bench.json").write_text(json.dumps({"machine": {"torch": "0.1"}, "results": {}}))
+    with pytest.raises(ValueError, match="holds figures of another machine"):
+        module._begin(tmp_path / "bench.json", CPU)
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    assert module._too_large(workloads.WORKLOADS["gpt2"], CPU, 1) == "needs a GPU."
+    huge = workloads._flat(10**13, 10)
+    assert "needs 480000 GB" in str(module._too_large(huge, CPU, 2))

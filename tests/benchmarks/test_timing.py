@@ -1,0 +1,60 @@
+"""Rounds that are interleaved, and ratios of samples whose answer is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from hf_extrap.benchmarks.timing import WARM_UPS, interleaved, ratio, spread
+
+
+def test_every_round_turns_the_order() -> None:
+    called: list[str] = []
+
+    def step(name: str) -> Callable[[], float]:
+        return lambda: called.append(name) or float(len(called))
+
+    found = interleaved({name: step(name) for name in "abc"}, rounds=4)
+    rounds = ["".join(called[i : i + 3]) for i in range(0, len(called), 3)]
+    assert len(rounds) == WARM_UPS + 4
+    assert set(rounds) == {"abc", "cba"} and all(a != b for a, b in zip(rounds, rounds[1:], strict=False))
+    # What a step gives is kept in the order of the rounds, and warm-ups are not counted.
+    of_a = [i + 1 for i, name in enumerate(called) if name == "a"]
+    assert found["a"]["optimizer"] == of_a[WARM_UPS:]
+    assert {len(row["step"]) for row in found.values()} == {4}
+
+
+def test_one_tick_a_round() -> None:
+    ticks: list[int] = []
+    interleaved({"a": lambda: 0.0}, rounds=2, tick=lambda: ticks.append(1))
+    assert len(ticks) == WARM_UPS + 2
+
+
+def test_a_ratio_is_of_the_same_round() -> None:
+    # Rounds become slower by a factor of a hundred; each ratio is 1.5 all the same.
+    base = np.geomspace(1, 100, 20)
+    assert ratio(1.5 * base, base) == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_the_interval_is_that_of_the_median() -> None:
+    generator = np.random.default_rng(3)
+    holds, widths = 0, []
+    for _ in range(200):
+        middle, low, high = ratio(generator.normal(1.2, 0.1, 25), np.ones(25), draws=300)
+        assert low <= middle <= high
+        holds += low <= 1.2 <= high
+        widths.append(high - low)
+    # A normal sample's median has the standard error √(π/2) σ / √n; 95 % are 3.92 of it wide.
+    assert np.mean(widths) == pytest.approx(3.92 * np.sqrt(np.pi / 2) * 0.1 / 5, rel=0.2)
+    assert holds >= 180
+
+
+def test_an_interval_is_the_same_each_time() -> None:
+    ours, base = [1.0, 2.0, 4.0, 3.0], [1.0, 1.5, 2.0, 5.0]
+    assert ratio(ours, base) == ratio(ours, base)
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 2.0)
