@@ -50,7 +50,7 @@ def test_a_method_takes_its_steps(tiny: str, method: str, base: str) -> None:
         pytest.importorskip("cooper", reason="needs the peer: pip install hf_extrap[bench]")
     workload = workloads.WORKLOADS[tiny]
     made = Made(Workload(workload.title, workload.build, workload.loss, base, workers=2), CPU)
-    before = float(made.loss(0) + made.loss(1))
+    before = float((made.loss(0) + made.loss(1)).detach())
     step, _ = make(method, made)
     for _ in range(5):
         assert 0 <= step() < 10

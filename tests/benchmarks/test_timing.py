@@ -1,8 +1,6 @@
-"""Rounds that are interleaved, and ratios of samples whose answer is known."""
+"""Ratios and intervals of samples whose answer is known."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,26 +8,12 @@ import pytest
 from hf_extrap.benchmarks.timing import WARM_UPS, interleaved, ratio, spread
 
 
-def test_every_round_turns_the_order() -> None:
-    called: list[str] = []
-
-    def step(name: str) -> Callable[[], float]:
-        return lambda: called.append(name) or float(len(called))
-
-    found = interleaved({name: step(name) for name in "abc"}, rounds=4)
-    rounds = ["".join(called[i : i + 3]) for i in range(0, len(called), 3)]
-    assert len(rounds) == WARM_UPS + 4
-    assert set(rounds) == {"abc", "cba"} and all(a != b for a, b in zip(rounds, rounds[1:], strict=False))
-    # What a step gives is kept in the order of the rounds, and warm-ups are not counted.
-    of_a = [i + 1 for i, name in enumerate(called) if name == "a"]
-    assert found["a"]["optimizer"] == of_a[WARM_UPS:]
-    assert {len(row["step"]) for row in found.values()} == {4}
-
-
-def test_one_tick_a_round() -> None:
+def test_one_tick_a_round_and_no_sample_of_a_warm_up() -> None:
     ticks: list[int] = []
-    interleaved({"a": lambda: 0.0}, rounds=2, tick=lambda: ticks.append(1))
+    values = iter(range(100))
+    found = interleaved({"a": lambda: float(next(values))}, rounds=2, tick=lambda: ticks.append(1))
     assert len(ticks) == WARM_UPS + 2
+    assert found["a"]["optimizer"] == [WARM_UPS, WARM_UPS + 1]
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
