@@ -53,17 +53,20 @@ def sentence_pairs(arguments: DataArguments, source_lang: str, target_lang: str)
 
 def _normalised(split: datasets.Dataset, name: str, languages: tuple[str, str]) -> datasets.Dataset:
     nested = "translation" in split.column_names
-    rows = split["translation"] if nested else split
-    available = sorted(rows[0]) if nested and isinstance(rows[0], dict) else split.column_names
+    first = split[0]["translation"] if nested else None
+    available = sorted(first) if isinstance(first, dict) else split.column_names
     missing = [language for language in languages if language not in available]
     if missing:
         raise ValueError(f"split {name!r} has no sentences in {missing[0]!r}: it has {', '.join(available)}.")
-    columns: dict[str, list[str]] = {"source": [], "target": []}
-    for number, row in enumerate(rows):
-        for column, language in zip(columns, languages, strict=True):
-            if not isinstance(row[language], str):
-                raise ValueError(f"row {number} of split {name!r} has no text in {language!r}: {row[language]!r:.80}.")
-            columns[column].append(row[language].strip())
+    # By whole columns, which a dataset gives far faster than its rows one by one.
+    rows = split["translation"][:] if nested else []
+    columns: dict[str, list[str]] = {}
+    for column, language in zip(("source", "target"), languages, strict=True):
+        texts = [row[language] for row in rows] if nested else split[language][:]
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"row {number} of split {name!r} has no text in {language!r}: {text!r:.80}.")
+        columns[column] = [text.strip() for text in texts]
     return datasets.Dataset.from_dict(columns)
 
 
