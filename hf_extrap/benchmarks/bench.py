@@ -116,7 +116,8 @@ def _measure(
     del steps
     base = seconds["base"]
     for method, found in seconds.items():
-        parameters = sum(p.numel() for p in Made(workload, device).params)
+        params = Made(workload, device).params
+        parameters = sum(p.numel() for p in params)
 
         def three_steps(method: str = method) -> Any:
             step, optimizer = make(method, Made(workload, device))
@@ -129,6 +130,7 @@ def _measure(
             "base_step": base["step"],
             "base_optimizer": base["optimizer"],
             "parameters": parameters,
+            "tensors": len(params),
             "peak_bytes": peak_bytes(device, three_steps),
             "extra_bytes_sent": 4 * parameters * EXTRA_ALL_REDUCES.get(method, 0),
             **_traffic(workload, method),

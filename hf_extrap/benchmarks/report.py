@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.optimize import nnls
 from tabulate import tabulate
 
 from hf_extrap.figures import COLOURS
@@ -46,6 +48,8 @@ def table(content: Mapping[str, Any]) -> str:
         flat = name in WORKLOADS and WORKLOADS[name].flat
         rows = [_cells(method, row, bandwidth, flat) for method, row in found.items()]
         parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+    if lines := growth(content):
+        parts += ["### Growth: the optimizer's time as a line through all flat lists", lines]
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,6 +73,34 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) ->
             seconds = row["floor"] * 4 * row["parameters"] / bandwidth
             cells["time ÷ floor"] = f"{spread(row['optimizer'])[0] / seconds:.2f}"
     return cells
+
+
+def growth(content: Mapping[str, Any]) -> str:
+    """The optimizer's time as a straight line, a · parameters + b · tensors, through all flat lists, in Markdown."""
+    flat = {name: found for name, found in content["results"].items() if name in WORKLOADS and WORKLOADS[name].flat}
+    methods = dict.fromkeys(method for found in flat.values() for method, row in found.items() if "optimizer" in row)
+    rows = []
+    for method in methods:
+        points = [
+            (found[method]["parameters"], found[method]["tensors"], spread(found[method]["optimizer"])[0])
+            for found in flat.values()
+            if "optimizer" in found.get(method, {})
+        ]
+        if len(points) < 3:
+            continue
+        sizes, seconds = np.array([point[:2] for point in points], float), np.array([point[2] for point in points])
+        # Errors are relative: every list weighs alike.
+        slopes, _ = nnls(sizes / seconds[:, None], np.ones(len(points)))
+        off = np.abs(sizes @ slopes / seconds - 1).max()
+        rows.append(
+            {
+                "method": f"`{method}`",
+                "ns a parameter": f"{1e9 * slopes[0]:.2f}",
+                "µs a tensor": f"{1e6 * slopes[1]:.1f}",
+                "farthest from the line": f"{100 * off:.0f} %",
+            }
+        )
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:

@@ -13,8 +13,10 @@ import torch
 from hf_extrap.benchmarks import bench as module
 from hf_extrap.benchmarks import methods, workloads
 from hf_extrap.benchmarks.bench import bench
+from hf_extrap.benchmarks.fusion import compare
 from hf_extrap.benchmarks.memory import peak_bytes
 from hf_extrap.benchmarks.methods import METHODS, NotInstalled, make
+from hf_extrap.benchmarks.report import growth
 from hf_extrap.benchmarks.timing import WARM_UPS, interleaved, ratio, spread
 from hf_extrap.benchmarks.workloads import Made, Workload
 from hf_extrap.cli import main
@@ -139,6 +141,28 @@ def test_what_is_measured_is_kept(tiny: str, tmp_path: Path, capsys: pytest.Capt
     assert main([*words[:-1], str(tmp_path / "late"), "--minutes", "0"]) == 0
     assert "Time is up before tiny" in capsys.readouterr().out
     assert json.loads((tmp_path / "late" / "bench.json").read_text())["results"]["tiny"] == {}
+
+
+def test_growth_is_a_line() -> None:
+    results = {
+        f"flat-{size:.0e}-{tensors}".replace("e+0", "e"): {
+            "base": {"parameters": size, "tensors": tensors, "optimizer": [2e-9 * size + 3e-6 * tensors] * 4}
+        }
+        for size in (10**6, 10**7, 10**8)
+        for tensors in (10, 10_000)
+    }
+    line = growth({"results": results}).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["`base`", "2.00", "3.0", "0 %"]
+
+
+def test_one_pass_is_three() -> None:
+    try:
+        found = compare(1000, 2, CPU, rounds=2)
+    except Exception as error:
+        if "compiler" in str(error).lower():
+            pytest.skip("needs a C++ compiler, for torch.compile")
+        raise
+    assert set(found) == {"one", "three", "base"}
 
 
 def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
