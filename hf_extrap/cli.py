@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 DESCRIPTION = "Extrapolation for large-batch training of Hugging Face models."
 EPILOG = "Errors are told in one sentence; with HF_EXTRAP_TRACEBACK=1 in the environment, with their traceback."
@@ -120,17 +122,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports inside are spared the garbage collector, and so are later collections what they leave: it stays."""
+    if not gc.isenabled() or "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _train(config: str | None, wants_help: bool, rest: list[str], command: str) -> int:
-    from hf_extrap.configuration import make_parser, read_mapping, resolve, task_name
-    from hf_extrap.tasks import get_task
+    with _importing():
+        from hf_extrap.configuration import make_parser, read_mapping, resolve, task_name
+        from hf_extrap.tasks import get_task
+
+        if not wants_help:
+            from hf_extrap.report import print_run
+            from hf_extrap.run import run
 
     if wants_help:
         mapping = read_mapping(config) if config else {}
         make_parser(get_task(task_name(mapping, rest))).print_help()
         return 0
-    from hf_extrap.report import print_run
-    from hf_extrap.run import run
-
     _quiet()
     configuration = resolve(config, rest)
     metrics = run(configuration, command)
@@ -140,7 +158,8 @@ def _train(config: str | None, wants_help: bool, rest: list[str], command: str) 
 
 
 def _compare(config: str | None, known: argparse.Namespace, rest: list[str], command: str) -> int:
-    from hf_extrap.compare import compare, parse_list
+    with _importing():
+        from hf_extrap.compare import compare, parse_list
 
     _quiet()
     compare(
@@ -159,7 +178,8 @@ def _compare(config: str | None, known: argparse.Namespace, rest: list[str], com
 def _sharpness(checkpoint: str | None, known: argparse.Namespace, rest: list[str], command: str) -> int:
     if checkpoint is None:
         raise ValueError("sharpness needs the folder of a run, a checkpoint or a saved model, before its options.")
-    from hf_extrap.sharpness import print_sharpness, sharpness
+    with _importing():
+        from hf_extrap.sharpness import print_sharpness, sharpness
 
     _quiet()
     content = sharpness(
@@ -180,11 +200,13 @@ def _sharpness(checkpoint: str | None, known: argparse.Namespace, rest: list[str
 
 def _study(known: argparse.Namespace, command: str) -> int:
     if known.action == "report":
-        from hf_extrap.study.report import report_study
+        with _importing():
+            from hf_extrap.study.report import report_study
 
         report_study(known.study, known.output_dir, command)
         return 0
-    from hf_extrap.study.runner import run_study
+    with _importing():
+        from hf_extrap.study.runner import run_study
 
     return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
 

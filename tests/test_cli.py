@@ -57,6 +57,18 @@ def test_figures_are_the_last_thing_that_a_run_imports() -> None:
     assert {"torch", "transformers"} <= imported and "matplotlib" not in imported
 
 
+def test_imports_are_spared_the_collector_which_runs_afterwards() -> None:
+    code = (
+        "import gc\nimport hf_extrap.cli\ncollections = sum(row['collections'] for row in gc.get_stats())\n"
+        "with hf_extrap.cli._importing():\n    import torch\n    assert not gc.isenabled()\n"
+        "assert sum(row['collections'] for row in gc.get_stats()) == collections\n"
+        "kept = gc.get_freeze_count()\nassert gc.isenabled() and kept > 100_000, kept\n"
+        # What a program holds after its imports is its own business.
+        "with hf_extrap.cli._importing():\n    assert gc.isenabled()\nassert gc.get_freeze_count() <= kept"
+    )
+    assert heavy_modules_of(code) >= {"torch"}
+
+
 def test_python_dash_m_is_the_same_program(launch: Callable[..., str]) -> None:
     assert "usage: hf-extrap" in launch("-m", "hf_extrap", "--help")
 
