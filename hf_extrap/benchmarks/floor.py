@@ -35,7 +35,8 @@ class Traffic(NamedTuple):
 
 
 def floor_of(config: ExtrapConfig) -> Traffic:
-    """What the scheme costs at least: x and d are read and y is written, a gradient of its own is read and written.
+    """What the scheme costs at least: x and d are read and y is written; a gradient of a worker's own is read and written,
+    and the last update is written.
 
     A single kernel for the base optimizer's step could give every norm on its way. The next y is not written in that
     step: its step size follows a learning rate that the schedule sets later, and between steps the parameters are x.
@@ -44,7 +45,8 @@ def floor_of(config: ExtrapConfig) -> Traffic:
         return Traffic(0, 0, 0, 0)
     if config.is_noise:
         return Traffic(move=2, capture=0, back=0, step=0)
-    return Traffic(move=3, capture=2 if config.is_local else 0, back=0, step=0)
+    update = 1 if config.direction == "past_update" else 0
+    return Traffic(move=3, capture=2 if config.is_local else 0, back=0, step=update)
 
 
 def moved(config: ExtrapConfig, swap: bool = True) -> Traffic:
