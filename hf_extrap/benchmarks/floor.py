@@ -35,8 +35,8 @@ class Traffic(NamedTuple):
 
 
 def floor_of(config: ExtrapConfig) -> Traffic:
-    """What the scheme costs at least: x and d are read and y is written; a gradient of a worker's own is read and written,
-    and the last update is written.
+    """What the scheme costs at least: x and d read, y written; a worker's own gradient read and written, or the last
+    update written.
 
     A single kernel for the base optimizer's step could give every norm on its way. The next y is not written in that
     step: its step size follows a learning rate that the schedule sets later, and between steps the parameters are x.

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.scale.counting import CollectiveCounter
+from tests.training.leaving import leave
 
 PARAMETERS = 92
 PRESETS = {
@@ -86,7 +87,7 @@ def main() -> None:
             counted[f"{engine} {preset}"] = dict(last.sizes)
     if dist.get_rank() == 0:
         print("COUNTED", json.dumps(counted), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
