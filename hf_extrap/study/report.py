@@ -64,13 +64,16 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def _sections(plan: Plan, results: Results) -> list[tuple[str, list[Table]]]:
-    """A heading and two tables for each batch size: how good, and at what price."""
+    """A heading and tables for each batch size: how good, at what price, and, where it was measured, how sharp."""
     found = []
     for batch in plan.study.batches:
         entries = [entry for entry in results.entries if entry.workers == batch.workers]
         size = next((entry.batch_size for entry in entries if entry.batch_size is not None), None)
         title = worker_words(batch.workers) + (f", batch size {size:,.0f}" if size else "")
-        found.append((title, [_quality(plan, results, entries), _price(plan, results, entries)]))
+        tables = [_quality(plan, results, entries), _price(plan, results, entries)]
+        if any(entry.sharpness for entry in entries):
+            tables.append(_sharpness(plan, entries))
+        found.append((title, tables))
     return found
 
 
@@ -85,8 +88,8 @@ def _quality(plan: Plan, results: Results, entries: list[Entry]) -> Table:
     for entry in entries:
         row = [entry.method, _settings(entry), _score(entry, digits), _interval(entry.test, digits)]
         if baseline:
-            closed = "–" if entry.gap_closed is None else f"{100 * entry.gap_closed:.0f} %"
-            row += [_plus_minus(entry.difference, signed), _interval(entry.difference, signed), closed]
+            row += [_plus_minus(entry.difference, signed), _interval(entry.difference, signed)]
+            row.append(_closed(entry.gap_closed))
         rows.append(row)
     return columns, rows
 
@@ -107,6 +110,27 @@ def _price(plan: Plan, results: Results, entries: list[Entry]) -> Table:
         row += [f"{len(entry.trials)}/{entry.trials_planned}", str(entry.diverged_trials)]
         rows.append([*row, _number(entry.largest_learning_rate, ".3g")])
     return columns, rows
+
+
+def _sharpness(plan: Plan, entries: list[Entry]) -> Table:
+    baseline = plan.study.baseline
+    columns = ["method", "sharpness at the end", "95 % interval"]
+    columns += [f"minus {baseline}", "95 % interval"] if baseline else []
+    rows = []
+    for entry in entries:
+        row = [entry.method, _plus_minus(entry.sharpness, ".2f"), _interval(entry.sharpness, ".2f")]
+        if baseline:
+            difference = entry.sharpness_difference
+            row += [_plus_minus(difference, "+.2f"), _interval(difference, "+.2f")]
+        rows.append(row)
+    return columns, rows
+
+
+def _closed(share: float | None) -> str:
+    """A gap closed in per cent; a method that is ten gaps worse or more is told as that."""
+    if share is None:
+        return "–"
+    return "under −1,000 %" if share < -10 else f"{100 * share:.0f} %"
 
 
 def _settings(entry: Entry) -> str:
@@ -173,6 +197,11 @@ def _sentences(plan: Plan, results: Results) -> list[str]:
     elif study.target is not None:
         found.append("The target is not known yet: it comes from runs that are not done.")
     found.append("Largest rate: the largest peak learning rate among the trials that still trained.")
+    if any(entry.sharpness for entry in results.entries):
+        found.append(
+            "Sharpness: the largest eigenvalue of the Hessian of the training loss at x, on the last training "
+            "batches, as the last evaluation during training logged it; its differences are paired by seed too."
+        )
     if results.missing:
         found.append(f"Not complete, {results.left} of {results.size} runs are left: {'; '.join(results.missing)}.")
     return found

@@ -17,6 +17,9 @@ from hf_extrap.summary import gradients_per_step, steps_to
 PERFECT_SCALING_MARGIN = 1.2
 """A batch size is within perfect scaling up to so many times the steps that it would take."""
 
+SHARPNESS = "extrap/sharpness"
+"""The key of a history under which a run with `sharpness_batches` logs it."""
+
 
 @dataclass
 class Entry:
@@ -30,6 +33,8 @@ class Entry:
             ended below the first training loss.
         to_target: estimates of `steps`, `gradients` and `seconds` over the seeds that reached the target.
         scaling: steps that perfect scaling from the reference would take, over steps to the target.
+        sharpness: the largest Hessian eigenvalue where training ended, as it was last logged; None if it never was.
+        sharpness_difference: the same minus that of the baseline, paired by seed.
     """
 
     method: str
@@ -50,6 +55,8 @@ class Entry:
     seconds_per_step: float | None = None
     relative_seconds: float | None = None
     scaling: float | None = None
+    sharpness: Estimate | None = None
+    sharpness_difference: Estimate | None = None
 
     @property
     def finished(self) -> list[Row]:
@@ -73,6 +80,15 @@ class Entry:
     def scores(self, split: str) -> dict[int, float]:
         """The leading metric of each seed that finished."""
         return {row["seed"]: row[split][row["metric"]] for row in self.finished if row[split]}
+
+    def sharpness_by_seed(self) -> dict[int, float]:
+        """The last sharpness that each finished seed has logged, by its seed."""
+        found = {}
+        for row, history in zip(self.finals, self.histories, strict=True):
+            values = [line[SHARPNESS] for line in history if line.get(SHARPNESS) is not None]
+            if row["status"] == "finished" and values:
+                found[row["seed"]] = values[-1]
+        return found
 
 
 @dataclass
@@ -124,6 +140,7 @@ def gather(plan: Plan, folder: StudyFolder) -> Results:
     for entry in entries:
         entry.test = estimate(list(entry.scores(split).values()))
         entry.validation = estimate(list(entry.scores("validation").values()))
+        entry.sharpness = estimate(list(entry.sharpness_by_seed().values()))
     if study.target is not None:
         results.target_metric = study.target.metric.removeprefix("eval_")
         results.target = _target(plan, results)
@@ -212,6 +229,7 @@ def _compare(entry: Entry, results: Results, plan: Plan) -> None:
     if baseline is not None:
         if baseline is not entry:
             entry.difference = paired_difference(entry.scores(results.split), baseline.scores(results.split))
+            entry.sharpness_difference = paired_difference(entry.sharpness_by_seed(), baseline.sharpness_by_seed())
         if entry.seconds_per_step and baseline.seconds_per_step:
             entry.relative_seconds = entry.seconds_per_step / baseline.seconds_per_step
     reference = results.entry(study.reference.method, study.reference.workers) if study.reference else None

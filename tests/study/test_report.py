@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -14,11 +15,14 @@ from rich.console import Console
 
 from hf_extrap.cli import main
 from hf_extrap.results import read_json
-from hf_extrap.study.figures import _legend_columns
+from hf_extrap.study.panels import legend_columns
+from hf_extrap.study.plan import Plan
 from hf_extrap.study.report import report_study
 from hf_extrap.study.results import Results
 from hf_extrap.study.runner import run_study
+from hf_extrap.study.specification import read_study
 from hf_extrap.study.statistics import estimate, gap_closed, paired_difference
+from hf_extrap.study.tuning_figures import draw_learning_rates
 
 from .conftest import ComputedRuns
 
@@ -114,10 +118,10 @@ def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> No
 
 
 def test_a_legend_is_as_wide_as_its_labels_allow() -> None:
-    assert _legend_columns(["sgd"]) == 1
-    assert _legend_columns(["adamw", "nadam", "extrap-past", "past-update", "extrap", "sam"]) == 5
-    assert _legend_columns(["extrap-past preconditioned"] * 6) == 3
-    assert _legend_columns(["x" * 200, "y"]) == 1
+    assert legend_columns(["sgd"]) == 1
+    assert legend_columns(["adamw", "nadam", "extrap-past", "past-update", "extrap", "sam"]) == 5
+    assert legend_columns(["extrap-past preconditioned"] * 6) == 3
+    assert legend_columns(["x" * 200, "y"]) == 1
 
 
 def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, write_study: WriteStudy) -> None:
@@ -183,3 +187,46 @@ def test_diverged_seeds_are_told(computed: ComputedRuns, write_study: WriteStudy
     assert results.entries[0].test is not None and results.entries[0].test.mean == 54.0
     assert "54.00 ± 1.41 (2/3 seeds, 1 diverged or failed)" in shown
     assert "none × 1: 1 runs failed" in shown
+
+
+def test_a_rate_that_trains_badly_does_not_flatten_the_figure(computed: ComputedRuns, write_study: WriteStudy) -> None:
+    # Perplexities within 1 of each other, but for 50 + 10 * 36 at a rate of a millionth.
+    rates = [1e-6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4]
+    none = {"methods/none/search/learning_rate": rates}
+    search = {"methods/extrap/search": {"learning_rate": rates}, "search/trials": 8}
+    study = write_study(none | search)
+    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
+    results, _ = report(study)
+    found = draw_learning_rates(Plan(read_study(study)), results)
+    assert found is not None
+    figure, caption = found
+    assert "triangles at an edge" in caption
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert 40 < low < high < 65
+        assert sum(line.get_marker() == "^" and line.get_xdata()[0] == 1e-6 for line in axes.lines) == 2
+
+
+def test_the_sharpness_where_training_ends(computed: ComputedRuns, write_study: WriteStudy) -> None:
+    study = write_study()
+    folder = study.parent / "out"
+    run_study(study, output_dir=folder, console=Console(file=io.StringIO()))
+    assert "sharpness at the end" not in report(study)[1]
+    for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines()):
+        if row["stage"] == "final":
+            # 10 at first, at the end the seed, and 2 less for `extrap`; the last row has no number.
+            last = row["seed"] - 2 * (row["method"] == "extrap")
+            history = folder / "histories" / f"{row['fingerprint']}.jsonl"
+            values = ((10, 10.0), (20, float(last)), (30, None))
+            lines = [json.dumps({"step": step, "extrap/sharpness": value}) for step, value in values]
+            history.write_text("\n".join([history.read_text().rstrip("\n"), *lines, ""]))
+    results, shown = report(study)
+    none, extrap = results.entries[2:]
+    assert none.sharpness is not None and (none.sharpness.mean, none.sharpness.std) == (2.0, 1.0)
+    assert extrap.sharpness is not None and extrap.sharpness.mean == 0.0
+    difference = extrap.sharpness_difference
+    assert difference is not None and (difference.mean, difference.std, difference.count) == (-2.0, 0.0, 3)
+    assert "sharpness at the end" in shown
+    text = (folder / "report.md").read_text()
+    assert text.count("| extrap | 0.00 ± 1.00 | -1.00 … 1.00 | -2.00 ± 0.00 | -2.00 … -2.00 |") == 2
+    assert (folder / "along_training.png").stat().st_size > 10_000
