@@ -67,8 +67,9 @@ def differences(before: Mapping[int, Tensor], params: Sequence[Tensor]) -> dict[
     """
     wide = [x if x.dtype in (torch.float32, torch.float64) else x.float() for x in before.values()]
     if wide:
-        now = [held(params[i]).to(x.dtype) for i, x in zip(before, wide, strict=True)]
-        torch._foreach_sub_([held(x) for x in wide], now)
+        now = [held(params[i]) for i in before]
+        same = [p if p.dtype == x.dtype else p.to(x.dtype) for p, x in zip(now, wide, strict=True)]
+        torch._foreach_sub_([held(x) for x in wide], same)
     return dict(zip(before, wide, strict=True))
 
 
