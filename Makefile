@@ -31,7 +31,7 @@ study: .venv/installed-study
 
 # Step time and memory beside the base optimizer and the peers, as much as fits two cores in ten minutes.
 bench: .venv/installed-bench
-	OMP_NUM_THREADS=2 $(BIN)/hf-extrap bench --part cpu
+	OMP_NUM_THREADS=2 $(BIN)/hf-extrap bench --part cpu --rounds 7 --minutes 10
 
 # The benchmark for a GPU, then the next pieces of the studies, as many as end within $(MINUTES): call it until it says that nothing is left.
 MINUTES ?= 9

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from . import processes, trainers
 from .floor import BASES, copy_bandwidth, floor_of, moved
 from .memory import peak_bytes
-from .methods import EXTRA_ALL_REDUCES, METHODS, NotInstalled, make
+from .methods import EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
 from .report import write_report
 from .timing import interleaved
 from .workloads import WORKLOADS, Made, Workload
@@ -49,7 +50,7 @@ def bench(
         workloads: names in `WORKLOADS` and `LOOPS`.
         methods: names in `METHODS`; `base` is always among them.
         rounds: interleaved steps of each method.
-        minutes: begin no workload after so many.
+        minutes: begin nothing after so many.
         output_dir: folder to write to, and to go on from.
         device: `cpu` or `cuda`; default: the GPU if there is one.
 
@@ -67,20 +68,18 @@ def bench(
     methods = ["base", *(name for name in methods if name != "base")]
     for name in workloads:
         found = content["results"].setdefault(name, {})
-        todo = [m for m in methods if m not in found] if name in WORKLOADS else [] if found else [name]
-        if not todo:
-            continue
-        if time.monotonic() >= end:
+        # What was skipped may be possible by now: a peer installed, memory freed.
+        todo = [m for m in methods if "step" not in found.get(m, {})]
+        loop = LOOPS.get(name)
+        groups = _groups(WORKLOADS[name], todo) if loop is None else [] if found else [[name]]
+        for group in groups:
+            if time.monotonic() >= end:
+                _write(folder, content)
+                print(f"Time is up before {name}; the same command goes on from here.")
+                return
+            measured = loop(rounds) if loop else _measure(WORKLOADS[name], group, rounds, place, name)
+            found |= {m: row for m, row in measured.items() if "step" not in found.get(m, {})}
             _write(folder, content)
-            print(f"Time is up before {name}; the same command goes on from here.")
-            return
-        if name in LOOPS:
-            found |= LOOPS[name](rounds)
-        else:
-            for group in _groups(WORKLOADS[name], todo):
-                measured = _measure(WORKLOADS[name], group, rounds, place, name)
-                found |= {m: row for m, row in measured.items() if m not in found}
-        _write(folder, content)
     _write(folder, content)
     print((folder / "bench.md").read_text(encoding="utf-8"))
 
@@ -96,7 +95,9 @@ def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
 def _groups(workload: Workload, methods: Sequence[str]) -> list[list[str]]:
     """Methods that are interleaved with each other: all, or each with the base where memory is short."""
     others = [m for m in methods if m != "base"]
-    return [["base", m] for m in others] if workload.flat else [["base", *others]]
+    if not workload.bytes_each or not others:
+        return [["base", *others]] if methods else []
+    return [["base", m] for m in others]
 
 
 def _measure(
@@ -134,6 +135,7 @@ def _measure(
             "peak_bytes": peak_bytes(device, three_steps),
             "extra_bytes_sent": 4 * parameters * EXTRA_ALL_REDUCES.get(method, 0),
             **_traffic(workload, method),
+            **({"package": f"{PEERS[method]} {version(PEERS[method])}"} if method in PEERS else {}),
         }
     return rows
 
@@ -156,7 +158,7 @@ def _traffic(workload: Workload, method: str) -> dict[str, Any]:
 def _too_large(workload: Workload, device: torch.device, methods: int) -> str | None:
     if workload.needs_gpu and device.type != "cuda":
         return "needs a GPU."
-    needed = workload.bytes_each * (methods if workload.flat else 1)
+    needed = workload.bytes_each * methods
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > 0.8 * free:
         return f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free."

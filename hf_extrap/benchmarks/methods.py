@@ -78,7 +78,7 @@ def _preset(name: str, **fields: Any) -> Callable[[Made], tuple[Step, Any]]:
 
 
 def _schedule_free(made: Made) -> tuple[Step, Any]:
-    library = _peer("schedulefree", "schedulefree")
+    library = _peer("schedulefree", PEERS["schedulefree"])
     if made.workload.base == "adamw":
         optimizer = library.AdamWScheduleFree(made.params, lr=1e-3)
     else:
@@ -88,7 +88,7 @@ def _schedule_free(made: Made) -> tuple[Step, Any]:
 
 
 def _sam(made: Made) -> tuple[Step, Any]:
-    library = _peer("pytorch_optimizer", "pytorch_optimizer")
+    library = _peer("pytorch_optimizer", PEERS["pytorch_optimizer SAM"])
     kind, fields = _base_class(made)
     optimizer = library.SAM(made.params, kind, rho=0.05, **fields)
 
@@ -104,7 +104,7 @@ def _sam(made: Made) -> tuple[Step, Any]:
 
 
 def _extragradient(made: Made) -> tuple[Step, Any]:
-    library = _peer("cooper.optim", "cooper-optim")
+    library = _peer("cooper.optim", PEERS["cooper extragradient"])
     if made.workload.base == "adamw":
         optimizer = library.ExtraAdam(made.params, lr=1e-3)
     else:
@@ -138,6 +138,13 @@ METHODS: dict[str, Callable[[Made], tuple[Step, Any]]] = {
     "cooper extragradient": _extragradient,
 }
 """Everything that can be compared; `base` is what the others are compared with."""
+
+PEERS = {
+    "schedulefree": "schedulefree",
+    "pytorch_optimizer SAM": "pytorch_optimizer",
+    "cooper extragradient": "cooper-optim",
+}
+"""Packages of the methods that are not ours."""
 
 EXTRA_ALL_REDUCES = {"extragradient": 1, "pytorch_optimizer SAM": 1, "cooper extragradient": 1}
 """Averagings of a whole gradient beside the base's one, under DistributedDataParallel; of the others none."""
