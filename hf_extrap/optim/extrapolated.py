@@ -48,7 +48,8 @@ class Extrapolated(LookingBack):
     Under DeepSpeed and FSDP2 call `connect` once with the prepared model.
 
     With K virtual workers, K accumulation micro-batches each play a worker with its own y and d: `probing(worker=k)`
-    and `train(worker=k)`, all of one worker before those of the next, with the loss divided by K. In global scope one `probing()` holds all K backward passes.
+    and `train(worker=k)`, all of one worker before those of the next, with the loss divided by K. In global scope one
+    `probing()` holds all K backward passes.
 
     Args:
         base: the optimizer that steps x. Its groups, state, defaults and state dict are this one's.
