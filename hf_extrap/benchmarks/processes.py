@@ -15,15 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.processes import let_gloo_finish
+from hf_extrap.scale.counting import CollectiveCounter
 
+from .methods import Step
 from .timing import interleaved
 from .workloads import WORKLOADS, Made
 
-KINDS = ("base", "none", "extrap-past", "past-update", "extrap")
+KINDS = ("base", "none", "extrap-past", "past-update", "extrap", "extragradient")
 
 
 def run(rounds: int, name: str = "lstm") -> dict[str, Any]:
-    """Seconds of a step in two processes of one thread each, with one worker each.
+    """Seconds of a step in two processes of one thread each, with one worker each, and the bytes that it sends more.
 
     Raises:
         RuntimeError: if the processes fail, with the end of what they said.
@@ -64,8 +66,23 @@ def _measure(rounds: int, name: str) -> dict[str, Any]:
 
         steps[kind] = step
     found = interleaved(steps, rounds)
-    base_step = found["base"]["step"]
-    return {k: {"step": row["step"], "base_step": base_step, "parameters": parameters} for k, row in found.items()}
+    base_step, sent = found["base"]["step"], {kind: _sent(step) for kind, step in steps.items()}
+    return {
+        kind: {
+            "step": row["step"],
+            "base_step": base_step,
+            "parameters": parameters,
+            "extra_bytes_sent": sent[kind] - sent["base"],
+        }
+        for kind, row in found.items()
+    }
+
+
+def _sent(step: Step) -> int:
+    """Bytes of the tensors that a step averages or gathers."""
+    with CollectiveCounter() as counter:
+        step()
+    return sum(counter.sizes.values())
 
 
 if __name__ == "__main__":

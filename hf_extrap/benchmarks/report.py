@@ -66,6 +66,7 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) ->
     if "optimizer" in row:
         cells["optimizer, ms"] = _milliseconds(row["optimizer"])
         cells["peak, MB"] = f"{row['peak_bytes'] / 1e6:.1f}"
+    if "extra_bytes_sent" in row:
         cells["sent more, MB"] = f"{row['extra_bytes_sent'] / 1e6:.1f}"
     if "floor" in row:
         cells["moves (floor)"] = f"{row['moved']:g} ({row['floor']:g})"

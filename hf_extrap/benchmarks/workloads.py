@@ -152,7 +152,7 @@ WORKLOADS: dict[str, Workload] = {
 
 @dataclass
 class Made:
-    """A model with its parameters and, of a flat list, its gradients."""
+    """A model with the parameters that are trained and, of a flat list, their gradients."""
 
     workload: Workload
     device: torch.device
@@ -163,7 +163,7 @@ class Made:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.model = self.workload.build(self.device)
-        self.params = list(self.model.parameters())
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = [torch.full_like(p, 1e-3) for p in self.params] if self.workload.flat else []
 
     def loss(self, worker: int, share: float = 1.0) -> Tensor:

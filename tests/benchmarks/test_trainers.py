@@ -1,0 +1,34 @@
+"""The stock Trainer beside ExtrapTrainer: the same steps on the same data, and each step's seconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_extrap.benchmarks import trainers
+
+
+def test_every_kind_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "STEPS", 8)
+    taken: list[list[float]] = []
+    plain = Trainer.training_step
+
+    def recording(self: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == 0:
+            taken.append([])
+        loss: torch.Tensor = plain(self, *args, **kwargs)
+        taken[-1].append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", recording)
+    found = trainers.run(2)
+    assert list(found) == list(trainers.KINDS)
+    for row in found.values():
+        # Two rounds, without the first five steps of each.
+        assert len(row["step"]) == len(row["base_step"]) == 2 * 3 and min(row["step"]) > 0
+        assert row["base_step"] == found["base"]["step"]
+    # Of the second round, which turns the order round: base, none, extrap-past.
+    base, none, past = taken[-3:]
+    assert len(base) == 8 and base == none
+    assert past[0] == base[0] and past[2:] != base[2:]
