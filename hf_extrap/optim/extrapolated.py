@@ -309,6 +309,11 @@ class Extrapolated(LookingBack):
         """
         if self._engine.steps_inside:
             return self._step_part()
+        if self.config.direction == "none" and not (self.collect_statistics or self._capture.seen):
+            # Nothing has been asked of this step.
+            self._base_trains()
+            self.step_count += 1
+            return self.base.step(closure)
         loss = self._evaluate(closure) if closure is not None else None
         self._rest()
         gradients = self._engine.gradients()
