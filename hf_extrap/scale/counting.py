@@ -41,8 +41,8 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def held_bytes(optimizer: Extrapolated) -> dict[str, int]:
-    """Bytes of this process: `x`, kept beside y; `directions`, with the gradients that may become the next ones and what
-    is spare; and on the `host`, where direction_device says so, with one worker's beside the parameters."""
+    """Bytes of this process: `x`, kept beside y; `directions`, with the gradients that may become the next ones and
+    what is spare; and on the `host`, where direction_device says so, with one worker's beside the parameters."""
     memory = optimizer._memory
     held = {"x": _bytes(optimizer._x.kept.values()), "directions": _bytes(memory.spares.tensors()), "host": 0}
     for store in (memory.directions, memory.captured):
