@@ -66,6 +66,10 @@ class DirectionMemory:
         del self._directions[worker]
         self.spent.add(worker)
 
+    def drop(self, worker: int) -> None:
+        """Forget the worker's direction; its memory is spare."""
+        self._give(self._directions.pop(worker))
+
     def drop_directions(self) -> None:
         """Forget all directions; their memory is spare."""
         for buffers in () if self.on_host else self._directions.values():

@@ -68,6 +68,8 @@ class Moving(OptimizerWrapper):
             direction = self._preconditioned(direction)
         indices = [i for i, d in enumerate(direction) if d is not None]
         if not indices or (self.config.scales_by_step and self._last_step is None):
+            if spends:
+                self._memory.drop(key)
             return
         moves, factors = scale_direction(
             self.config.scaling,

@@ -71,6 +71,19 @@ def test_memory_does_not_grow(preset: str, swap: bool) -> None:
     assert sizes[0] <= len(list(model.parameters())) * (WORKERS + 1 if preset == "extrap-past" else 1 + (not swap))
 
 
+def test_a_direction_that_cannot_be_used_yet_is_not_kept() -> None:
+    # No step has been taken whose share a move could be.
+    model, optimizer = make("extrap", None, WORKERS)
+    for worker in range(WORKERS):
+        assert optimizer.wants_probe
+        with optimizer.probing(worker=worker):
+            backward(model, worker)
+        for _ in range(2):
+            optimizer.train(worker=worker)
+        assert not optimizer._memory.directions
+        backward(model, worker)
+
+
 @pytest.mark.parametrize("swap", [True, False])
 def test_a_backward_pass_through_another_point_is_an_error(swap: bool) -> None:
     model, optimizer = make("extrap-past", swap)
