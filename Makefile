@@ -24,12 +24,12 @@ test: .venv/installed-test
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
 
-# The four studies for two cores, each about an hour or less, and their reports.
+# The studies for two cores, each about an hour or less, and their reports.
 study: .venv/installed-study
 	for study in configs/studies/cpu_*.yaml; do \
 	    $(BIN)/hf-extrap study run $$study --jobs 2 && $(BIN)/hf-extrap study report $$study || exit $$?; done
 
-# Step time and memory beside the base optimizer and the peers, as much as fits two cores in ten minutes.
+# Step time and memory beside the base optimizer and the peers, in pieces of ten minutes: call it again for what is left.
 bench: .venv/installed-bench
 	OMP_NUM_THREADS=2 $(BIN)/hf-extrap bench --part cpu --rounds 7 --minutes 10
 
