@@ -22,8 +22,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 2 for an error that the user can mend, told in one sentence on stderr; of a study 1 if a run
-        failed, and 130 after Ctrl-C; of the doctor 1 if a given configuration
-        cannot run here.
+        failed, and 130 after Ctrl-C; of the doctor 1 if a given configuration cannot run here.
     """
     words = list(sys.argv[1:] if words is None else words)
     command = shlex.join(["hf-extrap", *words])
@@ -214,7 +213,8 @@ def _study(known: argparse.Namespace, command: str) -> int:
 def _bench(known: argparse.Namespace) -> int:
     # The profiler, which counts memory, tells of its starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from hf_extrap.benchmarks.bench import METHODS, bench, workloads_of
+    with _importing():
+        from hf_extrap.benchmarks.bench import METHODS, bench, workloads_of
 
     workloads = known.workloads.split(",") if known.workloads else workloads_of(known.part, known.device)
     methods = [name.strip() for name in known.methods.split(";")] if known.methods else list(METHODS)

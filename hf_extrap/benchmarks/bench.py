@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -15,10 +14,12 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
+from hf_extrap.results import read_json, write_json
+
 from . import processes, trainers
 from .floor import BASES, copy_bandwidth, floor_of, moved
 from .memory import peak_bytes
-from .methods import EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
+from .methods import CONFIGS, EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
 from .report import write_report
 from .timing import interleaved
 from .workloads import WORKLOADS, Made, Workload
@@ -115,10 +116,8 @@ def _measure(
     with tqdm(total=3 + rounds, desc=f"{name}: {', '.join(steps)}"[:60], unit="round") as bar:
         seconds = interleaved(steps, rounds, bar.update)
     del steps
-    base = seconds["base"]
+    base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
     for method, found in seconds.items():
-        params = Made(workload, device).params
-        parameters = sum(p.numel() for p in params)
 
         def three_steps(method: str = method) -> Any:
             step, optimizer = make(method, Made(workload, device))
@@ -130,10 +129,10 @@ def _measure(
             **found,
             "base_step": base["step"],
             "base_optimizer": base["optimizer"],
-            "parameters": parameters,
-            "tensors": len(params),
+            "parameters": sum(sizes),
+            "tensors": len(sizes),
             "peak_bytes": peak_bytes(device, three_steps),
-            "extra_bytes_sent": 4 * parameters * EXTRA_ALL_REDUCES.get(method, 0),
+            "extra_bytes_sent": 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0),
             **_traffic(workload, method),
             **({"package": f"{PEERS[method]} {version(PEERS[method])}"} if method in PEERS else {}),
         }
@@ -142,17 +141,12 @@ def _measure(
 
 def _traffic(workload: Workload, method: str) -> dict[str, Any]:
     """Reads and writes of tensors as large as the parameters, at least and in fact, where a formula knows them."""
-    from hf_extrap.optim.config import PRESETS, ExtrapConfig
-
-    own = BASES[workload.base]
+    own, config = BASES[workload.base], CONFIGS.get(method)
     if method == "base":
         return {"floor": own, "moved": own}
-    preset = method.split(",")[0]
-    if preset not in PRESETS:
+    if config is None or config.batch_fraction < 1:
         return {}
-    config = ExtrapConfig.preset(preset, **({"step_ratio": 0.5} if method.endswith("ratio") else {}))
-    swap = not method.endswith("copy")
-    return {"floor": own + floor_of(config).total, "moved": own + moved(config, swap).total}
+    return {"floor": own + floor_of(config).total, "moved": own + moved(config, config.swap is not False).total}
 
 
 def _too_large(workload: Workload, device: torch.device, methods: int) -> str | None:
@@ -177,7 +171,7 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
     }
     if path.exists():
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path)
         differing = [name for name, value in machine.items() if content["machine"].get(name) != value]
         if differing:
             raise ValueError(
@@ -199,8 +193,5 @@ def _processor() -> str:
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "bench.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / "bench.json")
+    write_json(folder / "bench.json", content)
     write_report(content, folder)

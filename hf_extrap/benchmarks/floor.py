@@ -9,6 +9,8 @@ import torch
 
 from hf_extrap.optim.config import ExtrapConfig
 
+from .timing import synchronize
+
 BASES = {"sgd": 3, "nesterov": 5, "adamw": 7}
 """Reads and writes of a base optimizer's own step: x and the gradient read, x written, each state read and written."""
 
@@ -83,14 +85,9 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 28, rounds: int = 9) -
     target = torch.empty_like(source)
     seconds = []
     for _ in range(rounds):
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         target.copy_(source)
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2 * source.numel() * 4 / min(seconds)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .timing import synchronize
+
 
 def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
     """The peak of what `work` allocates and has not freed yet, counted from nothing.
@@ -24,13 +26,13 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         kept = work()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         del kept
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = work()
     del kept
-    # The totals of the events name each allocation as it happens: later ones, sorted by time, see what lives.
+    # One event for each allocation, with its bytes, and for each that is freed, with their negative.
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -12,10 +12,8 @@ import torch
 from hf_extrap.optim.config import PRESETS, ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 
+from .timing import Step, synchronize
 from .workloads import Made
-
-Step = Callable[[], float]
-"""One training step; gives the seconds outside of forward and backward passes."""
 
 
 class NotInstalled(ValueError):
@@ -52,9 +50,9 @@ def _plain(made: Made, optimizer: Any) -> Step:
     return step
 
 
-def _preset(name: str, **fields: Any) -> Callable[[Made], tuple[Step, Any]]:
+def _extrapolated(config: ExtrapConfig) -> Callable[[Made], tuple[Step, Any]]:
     def build(made: Made) -> tuple[Step, Any]:
-        config, workers = ExtrapConfig.preset(name, **fields), made.workload.workers
+        workers = made.workload.workers
         optimizer = Extrapolated(made.workload.optimizer(made.params), config, virtual_workers=workers)
         share = config.batch_fraction
 
@@ -126,13 +124,18 @@ def _extragradient(made: Made) -> tuple[Step, Any]:
     return step, optimizer
 
 
+CONFIGS = {
+    **{name: ExtrapConfig.preset(name) for name in PRESETS},
+    "extrap-past, copy": ExtrapConfig.preset("extrap-past", swap=False),
+    "extrap-past, ratio": ExtrapConfig.preset("extrap-past", step_ratio=0.5),
+    "extrap 0.5": ExtrapConfig.preset("extrap", batch_fraction=0.5),
+    "extrap 0.25": ExtrapConfig.preset("extrap", batch_fraction=0.25),
+}
+"""The schemes of the methods that are ours."""
+
 METHODS: dict[str, Callable[[Made], tuple[Step, Any]]] = {
     "base": _base,
-    **{name: _preset(name) for name in PRESETS},
-    "extrap-past, copy": _preset("extrap-past", swap=False),
-    "extrap-past, ratio": _preset("extrap-past", step_ratio=0.5),
-    "extrap 0.5": _preset("extrap", batch_fraction=0.5),
-    "extrap 0.25": _preset("extrap", batch_fraction=0.25),
+    **{name: _extrapolated(config) for name, config in CONFIGS.items()},
     "schedulefree": _schedule_free,
     "pytorch_optimizer SAM": _sam,
     "cooper extragradient": _extragradient,
@@ -179,12 +182,6 @@ def _seconds(made: Made, work: Callable[[], Any]) -> float:
     work()
     synchronize(made.device)
     return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _peer(module: str, package: str) -> Any:

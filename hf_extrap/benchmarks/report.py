@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 from tabulate import tabulate
 
 from hf_extrap.figures import COLOURS
+from hf_extrap.results import write_text
 
 from .timing import ratio, spread
 from .workloads import WORKLOADS
@@ -23,7 +24,7 @@ OTHERS = {
 
 def write_report(content: Mapping[str, Any], folder: Path) -> None:
     """Write `bench.md` and `bench.png` of what `bench.json` holds."""
-    (folder / "bench.md").write_text(table(content), encoding="utf-8")
+    write_text(folder / "bench.md", table(content))
     rows = {
         name: {m: r for m, r in found.items() if "step" in r and m != "base"}
         for name, found in content["results"].items()

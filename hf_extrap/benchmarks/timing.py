@@ -6,10 +6,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
-from .methods import Step
+Step = Callable[[], float]
+"""One training step; gives the seconds outside of forward and backward passes."""
 
 WARM_UPS = 3
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(names: Sequence[str], round_: int) -> Sequence[str]:
+    """The order of a round: that of the one before, turned round."""
+    return names[:: 1 if round_ % 2 else -1]
 
 
 def interleaved(
@@ -27,7 +40,7 @@ def interleaved(
     """
     found: dict[str, dict[str, list[float]]] = {name: {"step": [], "optimizer": []} for name in steps}
     for round_ in range(WARM_UPS + rounds):
-        for name in list(steps)[:: 1 if round_ % 2 else -1]:
+        for name in in_turn(list(steps), round_):
             started = time.perf_counter()
             optimizer = steps[name]()
             seconds = time.perf_counter() - started

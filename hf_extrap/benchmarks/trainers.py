@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .timing import in_turn
+
 STEPS = 20
 KINDS = ("base", "none", "extrap-past")
 
@@ -39,7 +41,7 @@ def run(rounds: int) -> dict[str, Any]:
     """Train for `STEPS` steps with each in turn, `rounds` times; the first five steps of each are not counted."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for round_ in tqdm(range(rounds), desc="trainer", unit="round"):
-        for kind in KINDS[:: 1 if round_ % 2 else -1]:
+        for kind in in_turn(KINDS, round_):
             found[kind] += _train(kind)
     base = found["base"]
     parameters = sum(p.numel() for p in _model().parameters())

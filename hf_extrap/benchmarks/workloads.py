@@ -19,7 +19,7 @@ class Workload:
 
     Attributes:
         title: in words.
-        build: makes the model on a device.
+        build: makes the model, on the CPU.
         loss: of a model, for a worker's number and the share of its batch that is used.
         base: `nesterov` or `adamw`.
         workers: virtual workers of a step.
@@ -29,7 +29,7 @@ class Workload:
     """
 
     title: str
-    build: Callable[[torch.device], nn.Module]
+    build: Callable[[], nn.Module]
     loss: Loss | None
     base: str
     workers: int = 1
@@ -47,19 +47,19 @@ class Workload:
 class Flat(nn.Module):
     """A list of parameters, for whose gradient nothing is computed."""
 
-    def __init__(self, parameters: int, tensors: int, device: torch.device) -> None:
+    def __init__(self, parameters: int, tensors: int) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(torch.randn(parameters // tensors, device=device) for _ in range(tensors))
+        self.weights = nn.ParameterList(torch.randn(parameters // tensors) for _ in range(tensors))
 
 
-def _lstm(device: torch.device) -> nn.Module:
+def _lstm() -> nn.Module:
     from hf_extrap.models.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
 
     config = ExtrapLstmConfig(hidden_size=200, embedding_size=200, num_hidden_layers=2, dropout=0.0)
-    return _on(ExtrapLstmForCausalLM(config), device)
+    return ExtrapLstmForCausalLM(config)
 
 
-def _marian(device: torch.device) -> nn.Module:
+def _marian() -> nn.Module:
     from transformers import MarianConfig, MarianMTModel
 
     fields: dict[str, Any] = {"vocab_size": 4000, "decoder_vocab_size": 4000, "d_model": 128}
@@ -68,24 +68,20 @@ def _marian(device: torch.device) -> nn.Module:
     fields |= {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
     # As in the recipe: in bf16 on a CPU, sdpa is slower at these lengths.
     fields["attn_implementation"] = "eager"
-    return _on(MarianMTModel(MarianConfig(**fields, forced_eos_token_id=None)), device)
+    return MarianMTModel(MarianConfig(**fields, forced_eos_token_id=None))
 
 
-def _resnet(device: torch.device) -> nn.Module:
+def _resnet() -> nn.Module:
     from hf_extrap.models.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
 
     classes: dict[str, Any] = {"num_labels": 10}
-    return _on(ExtrapResNetForImageClassification(ExtrapResNetConfig(**classes)), device)
+    return ExtrapResNetForImageClassification(ExtrapResNetConfig(**classes))
 
 
-def _gpt2(device: torch.device) -> nn.Module:
+def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return _on(GPT2LMHeadModel(GPT2Config()), device)
-
-
-def _on(model: nn.Module, device: torch.device) -> nn.Module:
-    return model.to(device)
+    return GPT2LMHeadModel(GPT2Config())
 
 
 def _tokens(rows: int, length: int, vocabulary: int) -> Loss:
@@ -119,7 +115,7 @@ def _pictures(rows: int) -> Loss:
 def _flat(parameters: int, tensors: int) -> Workload:
     return Workload(
         f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW",
-        lambda device: Flat(parameters, tensors, device),
+        lambda: Flat(parameters, tensors),
         None,
         "adamw",
         flat=True,
@@ -162,7 +158,7 @@ class Made:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.model = self.workload.build(self.device)
+        self.model = self.workload.build().to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = [torch.full_like(p, 1e-3) for p in self.params] if self.workload.flat else []
 

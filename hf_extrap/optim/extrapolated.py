@@ -271,12 +271,13 @@ class Extrapolated(LookingBack):
 
     def rest(self) -> None:
         """Put x back; within the step, `train` finds the same y again. Gradients that come until then are nobody's."""
-        self._rest(keep=self._x.at not in (None, NOWHERE))
+        self._rest(keep=True)
 
     def _rest(self, keep: bool = False) -> None:
+        """Put x back; with `keep`, y of a step in progress is kept for the next `train`."""
         self._capture.stop()
         moved = bool(self._x.moved)
-        self._x.restore(self._params(), keep)
+        self._x.restore(self._params(), keep and self._x.at != NOWHERE)
         if moved:
             self._engine.moved()
 
@@ -346,7 +347,7 @@ class Extrapolated(LookingBack):
     # A step inside an engine's
 
     def _before_engine_step(self, ends: bool) -> None:
-        self._rest(keep=not ends and self._x.at not in (None, NOWHERE))
+        self._rest(keep=not ends)
         if ends and self._engine.steps_inside:
             self._keep_x()
         elif ends and self.collect_statistics:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.benchmarks.floor import BASES, copy_bandwidth, floor_of, moved
 from hf_extrap.optim.config import PRESETS
+from tests.optim.plain_loop import take_step
 
 SIZE = 4096
 
@@ -60,12 +61,7 @@ def counted(config: ExtrapConfig) -> float:
 
     for _ in range(4):
         with TrafficCounter() as counter:
-            if optimizer.wants_probe:
-                with optimizer.probing():
-                    backward()
-            optimizer.train()
-            backward()
-            optimizer.step()
+            take_step(optimizer, backward)
     return counter.elements / (3 * SIZE)
 
 

@@ -28,7 +28,7 @@ def _loss(model: nn.Module, worker: int, share: float) -> Tensor:
     return loss
 
 
-LINEAR = Workload("a linear model", lambda device: nn.Linear(64, 64, bias=False), _loss, "adamw")
+LINEAR = Workload("a linear model", lambda: nn.Linear(64, 64, bias=False), _loss, "adamw")
 
 
 @pytest.fixture

@@ -195,6 +195,17 @@ def run_plain_loop(
     return run
 
 
+def take_step(optimizer: Extrapolated, backward: Callable[[], object]) -> None:
+    """One step of one worker, as a user's loop takes it."""
+    if optimizer.wants_probe:
+        with optimizer.probing():
+            backward()
+    optimizer.train()
+    backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def _synchronizing(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from plain_loop import take_step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -60,13 +61,7 @@ def test_global_scope_trains_as_without_shards(preset: str) -> None:
             def backward(batch: torch.Tensor = batch, model: nn.Module = model) -> None:
                 (model(batch) - batch.sum(1, keepdim=True)).square().mean().backward()
 
-            if optimizer.wants_probe:
-                with optimizer.probing():
-                    backward()
-            optimizer.train()
-            backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            take_step(optimizer, backward)
         whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
         ends.append(torch.cat([p.detach().reshape(-1) for p in whole]))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
