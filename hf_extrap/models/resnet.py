@@ -10,6 +10,10 @@ from transformers import ResNetConfig, ResNetForImageClassification, initializat
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
+_ONE_BLOCK = 16
+"""The most channels that oneDNN takes at once. Of fewer, channels last, its gradient of a strided 1 × 1 convolution
+writes past its memory on CPUs with AVX2 (oneDNN issue 6035)."""
+
 
 class ExtrapResNetConfig(ResNetConfig):
     """Shape of a ResNet for small pictures, and how its pictures are normalised.
@@ -115,7 +119,8 @@ class ExtrapResNetForImageClassification(ResNetForImageClassification):
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(f"`pixel_values` has the shape {shape}: it must be (batch, {channels}, height, width).")
         pixel_values = self.normalization(pixel_values).to(self.dtype)
-        # Channels last, the layout that convolutions on a CPU are fastest in; by permutations, which torch.vmap can
-        # batch, as it cannot a memory format.
-        pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        if self.config.width >= _ONE_BLOCK:
+            # Channels last, the layout that convolutions on a CPU are fastest in; by permutations, which torch.vmap can
+            # batch, as it cannot a memory format.
+            pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)
