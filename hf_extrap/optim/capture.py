@@ -24,7 +24,7 @@ class GradientCapture:
         self._handles: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._into: list[Tensor | None] | None = None
         self._filled: set[int] = set()
-        self._scale = 1.0
+        self._scale = torch.ones((), dtype=torch.float64)
         self._dtype: torch.dtype | None = None
         self.spares = Spares()
         """Where new buffers come from."""
@@ -62,7 +62,9 @@ class GradientCapture:
             scale: a gradient is multiplied by it, which takes out the loss scale.
             dtype: of new buffers; None for the gradient's own.
         """
-        self._into, self._filled, self._scale, self._dtype = buffers, filled, scale, dtype
+        self._into, self._filled, self._dtype = buffers, filled, dtype
+        # Multiplying by a tensor on the CPU takes less than half as long as by a number, and nobody waits for it.
+        self._scale = torch.tensor(scale, dtype=torch.float64)
 
     def start_pass(self) -> None:
         """What comes next belongs to the step, and is a pass of its own in `pass_squares`."""
@@ -85,27 +87,31 @@ class GradientCapture:
         if not self.listening:
             return
         self.seen = True
-        grad = grad.detach()
+        if grad.requires_grad:
+            grad = grad.detach()
         if grad.layout is not torch.strided:
             raise RuntimeError("extrapolation needs dense gradients: build the embedding with sparse=False.")
         if self.pass_squares is not None:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            square = torch.linalg.vector_norm(grad, dtype=wide).square()
-            if not self._pass_started:
-                self.pass_squares.append(square)
-                self._pass_started = True
-            else:
-                self.pass_squares[-1] += square.to(self.pass_squares[-1].device)
+            self._square(grad, self.pass_squares)
         if self._into is None:
             return
         buffer = self._into[index]
-        if index in self._filled and buffer is not None:
-            buffer.add_(grad, alpha=self._scale)
-            return
         if buffer is None:
             buffer = self._into[index] = self.spares.take(index, grad, self._dtype)
+        elif index in self._filled:
+            buffer.add_(grad, alpha=float(self._scale))
+            return
         torch.mul(grad, self._scale, out=buffer)
         self._filled.add(index)
+
+    def _square(self, grad: Tensor, squares: list[Tensor]) -> None:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        square = torch.linalg.vector_norm(grad, dtype=wide).square()
+        if not self._pass_started:
+            squares.append(square)
+            self._pass_started = True
+        else:
+            squares[-1] += square.to(squares[-1].device)
 
 
 def _hook(capture: weakref.ref[GradientCapture], index: int) -> Callable[[Tensor], None]:

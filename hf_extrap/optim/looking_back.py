@@ -79,9 +79,11 @@ class LookingBack(Moving):
         if self._needs_step_length:
             lengths = norms(list(change.values()))
             self._noted.note("step_length", torch.linalg.vector_norm(lengths))
-            each = dict(zip(change, lengths.unbind(), strict=True))
-            nothing = lengths.new_zeros(())
-            self._last_step = torch.stack([each.get(i, nothing) for i in range(len(params))])
+            if len(change) < len(params):
+                each = dict(zip(change, lengths.unbind(), strict=True))
+                nothing = lengths.new_zeros(())
+                lengths = torch.stack([each.get(i, nothing) for i in range(len(params))])
+            self._last_step = lengths
         if goes_on and self.config.direction == "past_update":
             update = last_update(self._engine.groups(), stepped, change, self._sizes.learning_rate)
             self._memory.take_over(0, update)

@@ -136,25 +136,23 @@ class Moving(OptimizerWrapper):
 
     def _steps(self, key: int, moves: dict[int, Tensor], factors: Tensor | None) -> list[float | Tensor]:
         """η of each move, times its factor, after the cap; keeps ‖x − y‖ where it is measured."""
-        sizes: dict[int, float | Tensor] = {}
+        sizes: list[float | Tensor] = []
         start = 0
         for index, (options, params) in enumerate(self._engine.groups()):
             size = self._sizes.of_group(index, options, key)
-            sizes |= {i: size for i in range(start, start + len(params)) if i in moves}
+            sizes += [size for i in range(start, start + len(params)) if i in moves]
             start += len(params)
-        steps: list[float | Tensor] = list(sizes.values())
-        if factors is not None:
-            steps = [*_products(steps, factors)]
+        steps: list[float | Tensor] | Tensor = sizes if factors is None else _products(sizes, factors)
         cap = self.config.max_displacement
+        first = sizes[0]
         if cap is not None and self._last_step is not None:
             length = _length(moves, steps)
             tiny = torch.finfo(length.dtype).tiny
             last_length = torch.linalg.vector_norm(self._last_step).to(length)
             factor = (cap * last_length / length.clamp_min(tiny)).clamp_max(1)
-            steps = [*_products(steps, factor.expand(len(steps)))]
-            sizes = {i: size * factor for i, size in sizes.items()}
+            steps, first = _products(steps, factor.expand(len(steps))), first * factor
         if self.collect_statistics:
-            self._noted.note("step_size", torch.as_tensor(next(iter(sizes.values()))).abs())
+            self._noted.note("step_size", torch.as_tensor(first).abs())
         if self._measures:
             self._lengths[key] = _length(self._in_metric(moves, -0.5), steps)
         return _readable(steps)
@@ -224,19 +222,23 @@ class Moving(OptimizerWrapper):
         return key * world_size + rank if self.config.is_local else 0
 
 
-def _length(moves: dict[int, Tensor], steps: Sequence[float | Tensor]) -> Tensor:
+def _length(moves: dict[int, Tensor], steps: Sequence[float | Tensor] | Tensor) -> Tensor:
     """The length of all moves, each times its step."""
-    return torch.linalg.vector_norm(torch.stack(_products(steps, norms(list(moves.values())))))
+    return torch.linalg.vector_norm(_products(steps, norms(list(moves.values()))))
 
 
-def _products(steps: Sequence[float | Tensor], factors: Tensor) -> list[Tensor]:
+def _products(steps: Sequence[float | Tensor] | Tensor, factors: Tensor) -> Tensor:
     """Each step times its factor, without a number that the host must send to the device where one will do for all."""
+    if isinstance(steps, Tensor):
+        return factors * steps
     first = steps[0]
     if not isinstance(first, Tensor) and all(step == first for step in steps):
-        return list((factors * first).unbind())
-    return [factor * step for factor, step in zip(factors.unbind(), steps, strict=True)]
+        return factors * first
+    return torch.stack([factor * step for factor, step in zip(factors.unbind(), steps, strict=True)])
 
 
-def _readable(steps: Sequence[float | Tensor]) -> list[float | Tensor]:
+def _readable(steps: Sequence[float | Tensor] | Tensor) -> list[float | Tensor]:
     """Numbers where reading them makes nobody wait."""
+    if isinstance(steps, Tensor):
+        return list(steps.tolist() if steps.device.type == "cpu" else steps.unbind())
     return [float(s) if isinstance(s, Tensor) and s.device.type == "cpu" else s for s in steps]
