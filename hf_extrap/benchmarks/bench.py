@@ -22,7 +22,7 @@ from .memory import peak_bytes
 from .methods import CONFIGS, EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
 from .report import write_report
 from .timing import interleaved
-from .workloads import WORKLOADS, Made, Workload
+from .workloads import WORKLOADS, Made, Workload, precision_of
 
 LOOPS: dict[str, Callable[[int], dict[str, Any]]] = {"trainer": trainers.run, "processes": processes.run}
 """What is measured by a loop of its own, with methods of its own."""
@@ -56,7 +56,7 @@ def bench(
         device: `cpu` or `cuda`; default: the GPU if there is one.
 
     Raises:
-        ValueError: for an unknown name, or a folder that holds figures of another machine or version.
+        ValueError: for an unknown name, or a folder that holds figures of another machine, version or precision.
     """
     for kind, names, known in (("workload", workloads, (*WORKLOADS, *LOOPS)), ("method", methods, METHODS)):
         if wrong := [name for name in names if name not in known]:
@@ -167,6 +167,7 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "precision": precision_of(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -174,9 +175,10 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
         content: dict[str, Any] = read_json(path)
         differing = [name for name, value in machine.items() if content["machine"].get(name) != value]
         if differing:
+            was, now = content["machine"].get(differing[0]), machine[differing[0]]
             raise ValueError(
-                f"{path} holds figures of another machine ({differing[0]} was {content['machine'].get(differing[0])!r} "
-                f"and is {machine[differing[0]]!r}); allowed: another output_dir."
+                f"{path} holds figures of another machine or precision ({differing[0]} was {was!r} and is {now!r}); "
+                "allowed: another output_dir."
             )
         # The fastest copy of all calls: one of a busy moment would put the floor too high.
         content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))

@@ -45,13 +45,19 @@ def table(content: Mapping[str, Any]) -> str:
         "floor is what the scheme needs at least, and its time is that at the speed of the copy.",
     ]
     for name, found in content["results"].items():
-        parts.append(f"### {name}: {WORKLOADS[name].title if name in WORKLOADS else OTHERS[name]}")
+        parts.append(f"### {name}: {_title(name, machine['precision'])}")
         flat = name in WORKLOADS and WORKLOADS[name].flat
         rows = [_cells(method, row, bandwidth, flat) for method, row in found.items()]
         parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     if lines := growth(content):
         parts += ["### Growth: the optimizer's time as a line through all flat lists", lines]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str, precision: str) -> str:
+    trained = WORKLOADS.get("lstm" if name == "processes" else name)
+    autocasts = trained is not None and trained.autocasts
+    return f"{OTHERS.get(name) or WORKLOADS[name].title}, {precision if autocasts else 'float32'}"
 
 
 def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) -> dict[str, str]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_extrap.precision import cpu_has_bf16
+
 Loss = Callable[[nn.Module, int, float], Tensor]
 
 
@@ -18,11 +20,12 @@ class Workload:
     """One thing to train.
 
     Attributes:
-        title: in words.
+        title: in words, without the precision.
         build: makes the model, on the CPU.
         loss: of a model, for a worker's number and the share of its batch that is used.
         base: `nesterov` or `adamw`.
         workers: virtual workers of a step.
+        autocasts: whether passes are in `precision_of` the device; else they are in float32.
         flat: whether gradients are given, so that the optimizer is all there is.
         needs_gpu: whether a CPU would take minutes a step.
         bytes_each: of one method's parameters, gradients and states, where that is large.
@@ -33,6 +36,7 @@ class Workload:
     loss: Loss | None
     base: str
     workers: int = 1
+    autocasts: bool = False
     flat: bool = False
     needs_gpu: bool = False
     bytes_each: int = 0
@@ -50,6 +54,11 @@ class Flat(nn.Module):
     def __init__(self, parameters: int, tensors: int) -> None:
         super().__init__()
         self.weights = nn.ParameterList(torch.randn(parameters // tensors) for _ in range(tensors))
+
+
+def precision_of(device: torch.device) -> str:
+    """What the recipes are trained in: bf16 autocast, but float32 on a CPU without instructions for bf16."""
+    return "bf16 autocast" if device.type != "cpu" or cpu_has_bf16() else "float32"
 
 
 def _lstm() -> nn.Module:
@@ -85,14 +94,14 @@ def _gpt2() -> nn.Module:
 
 
 def _tokens(rows: int, length: int, vocabulary: int) -> Loss:
-    """The loss of predicting random tokens in bf16 autocast, `rows` × `length` for each worker."""
+    """The loss of predicting random tokens, `rows` × `length` for each worker."""
 
     def loss(model: nn.Module, worker: int, share: float) -> Tensor:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(worker)
         used = max(1, round(share * rows))
         tokens = torch.randint(3, vocabulary, (used, length), generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision_of(device) != "float32"):
             found: Tensor = model(input_ids=tokens, labels=tokens).loss
         return found
 
@@ -124,9 +133,11 @@ def _flat(parameters: int, tensors: int) -> Workload:
 
 
 WORKLOADS: dict[str, Workload] = {
-    "lstm": Workload("LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, _tokens(64, 16, 33_000), "adamw", 4),
+    "lstm": Workload(
+        "LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, _tokens(64, 16, 33_000), "adamw", 4, True
+    ),
     "translation": Workload(
-        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2
+        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2, True
     ),
     "resnet": Workload("ResNet-20, 128 pictures, SGD + Nesterov", _resnet, _pictures(128), "nesterov"),
     "gpt2": Workload(
@@ -134,6 +145,7 @@ WORKLOADS: dict[str, Workload] = {
         _gpt2,
         _tokens(32, 1024, 50_000),
         "adamw",
+        autocasts=True,
         needs_gpu=True,
         bytes_each=6 * 4 * 124_439_808,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         generator = torch.Generator().manual_seed(worker)
         return model(torch.randn(max(1, round(8 * share)), 4, generator=generator)).square().mean()
 
-    model = Workload("a line", lambda: torch.nn.Linear(4, 3), loss, "adamw", workers=2)
+    model = Workload("a line", lambda: torch.nn.Linear(4, 3), loss, "adamw", autocasts=True, workers=2)
     for name, workload in {"tiny": model, "tiny-flat": workloads._flat(1000, 10)}.items():
         monkeypatch.setitem(workloads.WORKLOADS, name, workload)
     return "tiny"
@@ -173,6 +174,26 @@ def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "bench.json").write_text(json.dumps({"machine": {"torch": "0.1"}, "results": {}}))
     with pytest.raises(ValueError, match="holds figures of another machine"):
         module._begin(tmp_path / "bench.json", CPU)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_precision_is_that_of_the_cpu_and_is_not_mixed(
+    tiny: str, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: able)
+    seen: list[bool] = []
+    linear = torch.nn.Linear(4, 3)
+    linear.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)  # type: ignore[assignment,method-assign,func-returns-value]
+    workloads._tokens(2, 3, 9)(linear, 0, 1.0)
+    assert seen == [able]
+    bench([tiny, "tiny-flat"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
+    table = (tmp_path / "bench.md").read_text()
+    assert (
+        f"a line, {'bf16 autocast' if able else 'float32'}\n" in table and "gradients given, AdamW, float32\n" in table
+    )
+    monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: not able)
+    with pytest.raises(ValueError, match="of another machine or precision .precision was"):
+        bench([tiny], ["base"], 2, output_dir=str(tmp_path), device="cpu")
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
