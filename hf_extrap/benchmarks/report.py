@@ -41,8 +41,10 @@ def table(content: Mapping[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}; a copy moves {bandwidth / 1e9:.1f} GB/s, read and written.",
         "Median of interleaved rounds (interquartile range); ratio to the base in the same rounds, with its 95 % "
-        "bootstrap interval. Optimizer: what is outside of the passes. Moves: reads and writes of all parameters; the "
-        "floor is what the scheme needs at least, and its time is that at the speed of the copy.",
+        "bootstrap interval. Rounds: as many as were asked for, fewer where time ended, more where one per cent "
+        "matters; each of one step, or of the median of so many in a row. Optimizer: what is outside of the passes. "
+        "Moves: reads and writes of all parameters; the floor is what the scheme needs at least, and its time is that "
+        "at the speed of the copy.",
     ]
     for name, found in content["results"].items():
         parts.append(f"### {name}: {_title(name, machine['precision'])}")
@@ -68,6 +70,8 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) ->
     cells = {"method": f"`{method}`", "ratio to base": "1"}
     if method != "base":
         cells["ratio to base"] = f"{middle:.3f} ({low:.3f} … {high:.3f})"
+    block = row.get("block", 1)
+    cells["rounds"] = f"{len(row[which])} × {block} steps" if block > 1 else str(len(row[which]))
     if not flat:
         cells["step, ms"] = _milliseconds(row["step"])
     if "optimizer" in row:

@@ -183,7 +183,7 @@ def test_precision_is_that_of_the_cpu_and_is_not_mixed(
     monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: able)
     seen: list[bool] = []
     linear = torch.nn.Linear(4, 3)
-    linear.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)  # type: ignore[assignment,method-assign,func-returns-value]
+    linear.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)
     workloads._tokens(2, 3, 9)(linear, 0, 1.0)
     assert seen == [able]
     bench([tiny, "tiny-flat"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
