@@ -42,7 +42,8 @@ def table(content: Mapping[str, Any]) -> str:
         f"{machine['transformers']}; a copy moves {bandwidth / 1e9:.1f} GB/s, read and written.",
         "Median of interleaved rounds (interquartile range); ratio to the base in the same rounds, with its 95 % "
         "bootstrap interval. Rounds: as many as were asked for, fewer where time ended, more where one per cent "
-        "matters; each of one step, or of the median of so many in a row. Optimizer: what is outside of the passes. "
+        "matters; each of one step, or of the median of so many in a row. Optimizer: what is outside of the passes, "
+        "and of a flat list, base and all, the pass that hands given gradients to hooks and parameters. "
         "Moves: reads and writes of all parameters; the floor is what the scheme needs at least, and its time is that "
         "at the speed of the copy.",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_extrap.precision import cpu_has_bf16
+
+from .timing import synchronize
 
 Loss = Callable[[nn.Module, int, float], Tensor]
 
@@ -158,15 +161,34 @@ WORKLOADS: dict[str, Workload] = {
 """Everything that can be benched, by name."""
 
 
+class _Given(torch.autograd.Function):
+    """A loss that is nothing but its gradients: the backward pass hands them to hooks and parameters, uncopied."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        # A tensor that nobody else holds becomes `.grad` as it is.
+        return None, *(gradient.detach() for gradient in ctx.gradients)
+
+
 @dataclass
 class Made:
-    """A model with the parameters that are trained and, of a flat list, their gradients."""
+    """A model with the parameters that are trained and, of a flat list, their gradients.
+
+    Attributes:
+        pass_seconds: the seconds of `backward`; those of a flat list, whose pass is hooks alone, are not among them.
+    """
 
     workload: Workload
     device: torch.device
     model: nn.Module = field(init=False)
     params: list[nn.Parameter] = field(init=False)
     gradients: list[Tensor] = field(init=False)
+    pass_seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -176,5 +198,19 @@ class Made:
 
     def loss(self, worker: int, share: float = 1.0) -> Tensor:
         """The worker's loss, divided by the number of workers."""
-        assert self.workload.loss is not None
+        if self.workload.loss is None:
+            given: Tensor = _Given.apply(self.gradients, *self.params)
+            return given
         return self.workload.loss(self.model, worker, share) / self.workload.workers
+
+    def backward(self, worker: int, share: float = 1.0) -> None:
+        """A pass of the worker, where the parameters are."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        loss = self.loss(worker, share)
+        if not self.workload.flat:
+            loss.backward()
+        synchronize(self.device)
+        self.pass_seconds += time.perf_counter() - started
+        if self.workload.flat:
+            loss.backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,27 @@ def test_peers_of_a_kind_take_the_step_that_ours_takes(tiny: str) -> None:
             step()
         ends.append(torch.cat([p.detach().flatten() for p in made.params]))
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "counted"), [("tiny-flat", True), ("tiny", False)])
+def test_hooks_count_where_there_is_no_pass_but_them(tiny: str, name: str, counted: bool) -> None:
+    made = Made(workloads.WORKLOADS[name], CPU)
+    step, _ = make("base", made)
+    step()
+    made.params[0].register_hook(lambda _: time.sleep(0.1))
+    assert (min(step() for _ in range(3)) >= 0.1) == counted
+
+
+def test_given_gradients_reach_hooks_and_parameters_uncopied(tiny: str) -> None:
+    made, seen = Made(workloads.WORKLOADS["tiny-flat"], CPU), []
+    for p in made.params:
+        p.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    for _ in range(2):
+        made.backward(0)
+        given = [gradient.data_ptr() for gradient in made.gradients]
+        assert sorted(seen) == sorted(given) and [p.grad.data_ptr() for p in made.params] == given
+        seen.clear()
+        made.model.zero_grad()
 
 
 def test_rounds_are_interleaved_and_turned_round() -> None:
