@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--workloads", default=None, help="names, separated by commas, in the place of a part")
     bench.add_argument("--methods", default=None, help="names, separated by semicolons; default: all")
     bench.add_argument("--rounds", type=int, default=20, help="interleaved steps of each method")
-    bench.add_argument("--minutes", type=float, default=None, help="begin nothing after so many minutes")
+    bench.add_argument("--minutes", type=float, default=None, help="begin no step after so many minutes")
     bench.add_argument("--device", default=None, help="cpu or cuda; default: a GPU if there is one")
     bench.add_argument("--output_dir", default="runs/bench", help="folder to write to, and to go on from")
     doctor = commands.add_parser(

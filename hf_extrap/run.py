@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import wait_for_everyone
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -24,6 +26,7 @@ from transformers import (
 from hf_extrap.configuration import Configuration
 from hf_extrap.figures import draw_curves
 from hf_extrap.optim.processes import let_gloo_finish
+from hf_extrap.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.results import CARD_FILE, CURVES_FILE, RunFolder, versions
 from hf_extrap.tasks.base import PreparedTask
 from hf_extrap.training.checkpoints import check_checkpoint_matches
@@ -31,6 +34,8 @@ from hf_extrap.training.divergence import DivergenceStopper
 from hf_extrap.training.model_card import make_card, optimizer_name
 from hf_extrap.training.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -53,7 +58,8 @@ def run(
         The content of metrics.json. A run that `abort_factor` ended has no `eval` and no `test`.
 
     Raises:
-        ValueError: the folder holds something else, or the checkpoint belongs to another model.
+        ValueError: the folder holds something else, the checkpoint belongs to another model, or this CPU has no LSTM
+            in bf16.
         FileNotFoundError: data or a checkpoint is missing.
     """
     arguments = configuration.training_arguments
@@ -72,6 +78,7 @@ def run(
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     recorder = RunRecorder(folder)
     trainer = make_trainer(configuration, prepared)
+    _check_precision(trainer, prepared.model)
     if not print_logs:
         trainer.remove_callback(PrinterCallback)
     stopper = DivergenceStopper(configuration.run.abort_factor) if configuration.run.abort_factor else None
@@ -169,6 +176,16 @@ def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Traine
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress(prepared.metric))
     return trainer
+
+
+def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
+    """Say that bf16 is slow on a CPU without instructions for it, and refuse what PyTorch cannot do there at all."""
+    if trainer.accelerator.mixed_precision != "bf16" or trainer.args.device.type != "cpu" or cpu_has_bf16():
+        return
+    if any(isinstance(module, nn.LSTM) for module in model.modules()):
+        raise ValueError("bf16 is true, and PyTorch has no LSTM in bf16 for this CPU; allowed: --bf16 false.")
+    if trainer.is_world_process_zero():
+        logger.warning("bf16 is true, and this CPU %s; --bf16 false leaves it out", NO_BF16)
 
 
 def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:

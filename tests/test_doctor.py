@@ -118,6 +118,7 @@ DEEPSPEED = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "zero_
             "zero_force_ds_cpu_optimizer: false",
         ),
         ({"task": "translation", "fp16": True}, CPU, "needs a GPU"),
+        ({"task": "language_modeling", "bf16": True}, CPU, "no LSTM in bf16"),
         ({"task": "translation", "deepspeed": "nowhere.json"}, CPU, "nowhere.json does not exist"),
     ],
 )
@@ -128,6 +129,32 @@ def test_what_speaks_against_a_configuration(
     path.write_text(json.dumps(fields) if path.suffix == ".json" else yaml.safe_dump(fields))
     verdict = judge(path, machine)
     assert len(verdict.obstacles) == 1 and said in verdict.obstacles[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "instead"),
+    [
+        ({"task": "translation", "bf16": True}, "--bf16 false"),
+        ({"task": "language_modeling", "model_type": "gpt2", "bf16": True}, "--bf16 false"),
+        (accelerate(use_cpu=True, mixed_precision="bf16"), "mixed_precision: 'no'"),
+        ({**DEEPSPEED, "bf16": {"enabled": True}}, "bf16 enabled: false"),
+    ],
+)
+def test_bf16_on_a_cpu_without_it_is_a_note(tmp_path: Path, fields: dict[str, Any], instead: str) -> None:
+    path = tmp_path / ("given.json" if "zero_optimization" in fields else "given.yaml")
+    path.write_text(json.dumps(fields) if path.suffix == ".json" else yaml.safe_dump(fields))
+    verdict, able = judge(path, CPU), judge(path, dataclasses.replace(CPU, bf16_cpu=True))
+    slow = [note for note in verdict.notes if "several times slower" in note]
+    assert verdict.can_run and len(slow) == 1 and instead in slow[0]
+    assert [note for note in verdict.notes if note not in slow] == able.notes
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_onednn_a_cpu_has_no_bf16(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    seen = there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert this_machine().bf16_cpu == seen
+    assert devices()[0][1].endswith("bf16" if seen else "bf16 emulated")
 
 
 def test_the_exit_code_is_that_of_the_given_configurations(

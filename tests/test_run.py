@@ -85,6 +85,28 @@ def test_metrics_tell_what_was_run(finished: Path) -> None:
     assert metrics["arguments"]["learning_rate"] == 3e-3
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_warned_of_where_the_cpu_lacks_it(
+    tiny_translation: Path,
+    able: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("hf_extrap.run.cpu_has_bf16", lambda: able)
+    train(tiny_translation, tmp_path / "run", "--bf16", "true", "--max_steps", "1")
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_extrap.run"]
+    assert [("bf16" in message, "--bf16 false" in message) for message in said] == [(True, True)] * (not able)
+
+
+def test_an_lstm_in_bf16_is_refused_where_the_cpu_lacks_it(
+    tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_extrap.run.cpu_has_bf16", lambda: False)
+    words = ("train", tiny_language_model, "--output_dir", tmp_path / "run", "--bf16", "true")
+    assert "no LSTM in bf16 for this CPU; allowed: --bf16 false." in error_of(capsys, *words)
+
+
 def test_history_has_every_step_and_every_evaluation(finished: Path) -> None:
     rows = RunFolder(finished).read_history()
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]

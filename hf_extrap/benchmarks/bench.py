@@ -6,9 +6,10 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -21,10 +22,23 @@ from .floor import BASES, copy_bandwidth, floor_of, moved
 from .memory import peak_bytes
 from .methods import CONFIGS, EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
 from .report import write_report
-from .timing import interleaved
-from .workloads import WORKLOADS, Made, Workload
+from .timing import WARM_UPS, interleaved
+from .workloads import WORKLOADS, Made, Workload, precision_of
 
-LOOPS: dict[str, Callable[[int], dict[str, Any]]] = {"trainer": trainers.run, "processes": processes.run}
+
+class Loop(NamedTuple):
+    """A benchmark with methods of its own.
+
+    Attributes:
+        run: measures one of the groups in so many rounds, and begins nothing after a time of `time.monotonic`.
+        groups: methods that are interleaved with each other.
+    """
+
+    run: Callable[[Sequence[str], int, float], dict[str, Any]]
+    groups: Sequence[Sequence[str]]
+
+
+LOOPS = {"trainer": Loop(trainers.run, trainers.GROUPS), "processes": Loop(processes.run, processes.GROUPS)}
 """What is measured by a loop of its own, with methods of its own."""
 
 PARTS = {
@@ -51,12 +65,14 @@ def bench(
         workloads: names in `WORKLOADS` and `LOOPS`.
         methods: names in `METHODS`; `base` is always among them.
         rounds: interleaved steps of each method.
-        minutes: begin nothing after so many.
+        minutes: begin no step after so many. What is under way keeps its rounds where they are `FEWEST` or more, and
+            is begun anew by the next call where they are fewer.
         output_dir: folder to write to, and to go on from.
         device: `cpu` or `cuda`; default: the GPU if there is one.
 
     Raises:
-        ValueError: for an unknown name, or a folder that holds figures of another machine or version.
+        ValueError: for an unknown name, two processes that fail, or a folder that holds figures of another machine,
+            version or precision.
     """
     for kind, names, known in (("workload", workloads, (*WORKLOADS, *LOOPS)), ("method", methods, METHODS)):
         if wrong := [name for name in names if name not in known]:
@@ -67,19 +83,23 @@ def bench(
     folder, end = Path(output_dir), time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
     content = _begin(folder / "bench.json", place)
     methods = ["base", *(name for name in methods if name != "base")]
+    then = "give it more minutes"
     for name in workloads:
         found = content["results"].setdefault(name, {})
         # What was skipped may be possible by now: a peer installed, memory freed.
         todo = [m for m in methods if "step" not in found.get(m, {})]
         loop = LOOPS.get(name)
-        groups = _groups(WORKLOADS[name], todo) if loop is None else [] if found else [[name]]
-        for group in groups:
-            if time.monotonic() >= end:
+        for group in _groups(WORKLOADS[name], todo) if loop is None else _unfinished(loop, found):
+            measured: dict[str, Any] = {}
+            if time.monotonic() < end:
+                run = loop.run if loop else partial(_measure, name, place)
+                measured = run(group, rounds, end)
+            if not measured:
                 _write(folder, content)
-                print(f"Time is up before {name}; the same command goes on from here.")
+                print(f"Time is up before {name} is done; {then}.")
                 return
-            measured = loop(rounds) if loop else _measure(WORKLOADS[name], group, rounds, place, name)
             found |= {m: row for m, row in measured.items() if "step" not in found.get(m, {})}
+            then = "the same command goes on from here"
             _write(folder, content)
     _write(folder, content)
     print((folder / "bench.md").read_text(encoding="utf-8"))
@@ -101,42 +121,51 @@ def _groups(workload: Workload, methods: Sequence[str]) -> list[list[str]]:
     return [["base", m] for m in others]
 
 
-def _measure(
-    workload: Workload, methods: Sequence[str], rounds: int, device: torch.device, name: str
-) -> dict[str, Any]:
+def _unfinished(loop: Loop, found: dict[str, Any]) -> list[Sequence[str]]:
+    return [group for group in loop.groups if not set(group) <= set(found)]
+
+
+def _measure(name: str, device: torch.device, methods: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+    """A row of each method; none where time ended too early."""
+    workload = WORKLOADS[name]
     if reason := _too_large(workload, device, len(methods)):
         return {method: {"skipped": reason} for method in methods}
     rows: dict[str, Any] = {}
-    steps = {}
+    peaks = {}
     for method in methods:
+        if time.monotonic() >= end:
+            return {}
         try:
-            steps[method] = make(method, Made(workload, device))[0]
+            peaks[method] = peak_bytes(device, partial(_three_steps, method, workload, device))
         except NotInstalled as missing:
             rows[method] = {"skipped": str(missing)}
-    with tqdm(total=3 + rounds, desc=f"{name}: {', '.join(steps)}"[:60], unit="round") as bar:
-        seconds = interleaved(steps, rounds, bar.update)
+    steps = {method: make(method, Made(workload, device))[0] for method in peaks}
+    with tqdm(total=WARM_UPS + rounds, desc=f"{name}: {', '.join(steps)}"[:60], unit="round") as bar:
+        seconds = interleaved(steps, rounds, bar.update, lambda: time.monotonic() >= end)
+    if not seconds:
+        return {}
     del steps
     base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
     for method, found in seconds.items():
-
-        def three_steps(method: str = method) -> Any:
-            step, optimizer = make(method, Made(workload, device))
-            for _ in range(3):
-                step()
-            return step, optimizer
-
         rows[method] = {
             **found,
             "base_step": base["step"],
             "base_optimizer": base["optimizer"],
             "parameters": sum(sizes),
             "tensors": len(sizes),
-            "peak_bytes": peak_bytes(device, three_steps),
+            "peak_bytes": peaks[method],
             "extra_bytes_sent": 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0),
             **_traffic(workload, method),
             **({"package": f"{PEERS[method]} {version(PEERS[method])}"} if method in PEERS else {}),
         }
     return rows
+
+
+def _three_steps(method: str, workload: Workload, device: torch.device) -> Any:
+    step, optimizer = make(method, Made(workload, device))
+    for _ in range(3):
+        step()
+    return step, optimizer
 
 
 def _traffic(workload: Workload, method: str) -> dict[str, Any]:
@@ -167,6 +196,7 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "precision": precision_of(device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -174,9 +204,10 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
         content: dict[str, Any] = read_json(path)
         differing = [name for name, value in machine.items() if content["machine"].get(name) != value]
         if differing:
+            was, now = content["machine"].get(differing[0]), machine[differing[0]]
             raise ValueError(
-                f"{path} holds figures of another machine ({differing[0]} was {content['machine'].get(differing[0])!r} "
-                f"and is {machine[differing[0]]!r}); allowed: another output_dir."
+                f"{path} holds figures of another machine or precision ({differing[0]} was {was!r} and is {now!r}); "
+                "allowed: another output_dir."
             )
         # The fastest copy of all calls: one of a busy moment would put the floor too high.
         content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))

@@ -42,35 +42,32 @@ def _base(made: Made) -> tuple[Step, Any]:
 
 
 def _plain(made: Made, optimizer: Any) -> Step:
-    def step() -> float:
-        for worker in range(made.workload.workers):
-            _backward(made, worker)
-        return _seconds(made, lambda: _finish(made, optimizer))
+    def work() -> None:
+        _passes(made)
+        _finish(optimizer)
 
-    return step
+    return _timed(made, work)
 
 
 def _extrapolated(config: ExtrapConfig) -> Callable[[Made], tuple[Step, Any]]:
     def build(made: Made) -> tuple[Step, Any]:
-        workers = made.workload.workers
-        optimizer = Extrapolated(made.workload.optimizer(made.params), config, virtual_workers=workers)
+        workers = range(made.workload.workers)
+        optimizer = Extrapolated(made.workload.optimizer(made.params), config, virtual_workers=len(workers))
         share = config.batch_fraction
 
-        def step() -> float:
-            outside = 0.0
+        def work() -> None:
             if not config.is_local and optimizer.wants_probe:
                 with optimizer.probing():
-                    for worker in range(workers):
-                        _backward(made, worker, share, optimizer)
-            for worker in range(workers):
+                    _passes(made, share)
+            for worker in workers:
                 if config.is_local and optimizer.wants_probe:
                     with optimizer.probing(worker=worker):
-                        _backward(made, worker, share, optimizer)
-                outside += _seconds(made, lambda worker=worker: optimizer.train(worker=worker))  # type: ignore[misc]
-                outside += _backward(made, worker, 1.0, optimizer)
-            return outside + _seconds(made, lambda: _finish(made, optimizer))
+                        made.backward(worker, share)
+                optimizer.train(worker=worker)
+                made.backward(worker)
+            _finish(optimizer)
 
-        return step, optimizer
+        return _timed(made, work), optimizer
 
     return build
 
@@ -90,15 +87,13 @@ def _sam(made: Made) -> tuple[Step, Any]:
     kind, fields = _base_class(made)
     optimizer = library.SAM(made.params, kind, rho=0.05, **fields)
 
-    def step() -> float:
-        for worker in range(made.workload.workers):
-            _backward(made, worker)
-        outside = _seconds(made, lambda: optimizer.first_step(zero_grad=True))
-        for worker in range(made.workload.workers):
-            _backward(made, worker)
-        return outside + _seconds(made, lambda: optimizer.second_step(zero_grad=True))
+    def work() -> None:
+        _passes(made)
+        optimizer.first_step(zero_grad=True)
+        _passes(made)
+        optimizer.second_step(zero_grad=True)
 
-    return step, optimizer
+    return _timed(made, work), optimizer
 
 
 def _extragradient(made: Made) -> tuple[Step, Any]:
@@ -108,20 +103,14 @@ def _extragradient(made: Made) -> tuple[Step, Any]:
     else:
         optimizer = library.ExtraSGD(made.params, lr=0.01, momentum=0.9, nesterov=True)
 
-    def step() -> float:
-        for worker in range(made.workload.workers):
-            _backward(made, worker)
+    def work() -> None:
+        _passes(made)
+        optimizer.extrapolation()
+        optimizer.zero_grad()
+        _passes(made)
+        _finish(optimizer)
 
-        def look() -> None:
-            optimizer.extrapolation()
-            optimizer.zero_grad()
-
-        outside = _seconds(made, look)
-        for worker in range(made.workload.workers):
-            _backward(made, worker)
-        return outside + _seconds(made, lambda: _finish(made, optimizer))
-
-    return step, optimizer
+    return _timed(made, work), optimizer
 
 
 CONFIGS = {
@@ -153,35 +142,28 @@ EXTRA_ALL_REDUCES = {"extragradient": 1, "pytorch_optimizer SAM": 1, "cooper ext
 """Averagings of a whole gradient beside the base's one, under DistributedDataParallel; of the others none."""
 
 
-def _backward(made: Made, worker: int, share: float = 1.0, optimizer: Extrapolated | None = None) -> float:
-    """A pass at the point where the parameters are; of a flat list the hooks alone, whose seconds are given back."""
-    if not made.workload.flat:
-        made.loss(worker, share).backward()
-        return 0.0
-    for p, gradient in zip(made.params, made.gradients, strict=True):
-        p.grad = gradient
-    if optimizer is None:
-        return 0.0
+def _timed(made: Made, work: Callable[[], object]) -> Step:
+    """The work as a step: it gives the seconds that were not in passes."""
 
-    def hooks() -> None:
-        for i, gradient in enumerate(made.gradients):
-            optimizer._capture._see(i, gradient)
+    def step() -> float:
+        made.pass_seconds = 0.0
+        synchronize(made.device)
+        started = time.perf_counter()
+        work()
+        synchronize(made.device)
+        return time.perf_counter() - started - made.pass_seconds
 
-    return _seconds(made, hooks)
+    return step
 
 
-def _finish(made: Made, optimizer: Any) -> None:
+def _passes(made: Made, share: float = 1.0) -> None:
+    for worker in range(made.workload.workers):
+        made.backward(worker, share)
+
+
+def _finish(optimizer: Any) -> None:
     optimizer.step()
-    if not made.workload.flat:
-        optimizer.zero_grad()
-
-
-def _seconds(made: Made, work: Callable[[], Any]) -> float:
-    synchronize(made.device)
-    started = time.perf_counter()
-    work()
-    synchronize(made.device)
-    return time.perf_counter() - started
+    optimizer.zero_grad()
 
 
 def _peer(module: str, package: str) -> Any:

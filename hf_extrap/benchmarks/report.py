@@ -41,17 +41,26 @@ def table(content: Mapping[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}; a copy moves {bandwidth / 1e9:.1f} GB/s, read and written.",
         "Median of interleaved rounds (interquartile range); ratio to the base in the same rounds, with its 95 % "
-        "bootstrap interval. Optimizer: what is outside of the passes. Moves: reads and writes of all parameters; the "
-        "floor is what the scheme needs at least, and its time is that at the speed of the copy.",
+        "bootstrap interval. Rounds: as many as were asked for, fewer where time ended, more where one per cent "
+        "matters; each of one step, or of the median of so many in a row. Optimizer: what is outside of the passes, "
+        "and of a flat list, base and all, the pass that hands given gradients to hooks and parameters. "
+        "Moves: reads and writes of all parameters; the floor is what the scheme needs at least, and its time is that "
+        "at the speed of the copy.",
     ]
     for name, found in content["results"].items():
-        parts.append(f"### {name}: {WORKLOADS[name].title if name in WORKLOADS else OTHERS[name]}")
+        parts.append(f"### {name}: {_title(name, machine['precision'])}")
         flat = name in WORKLOADS and WORKLOADS[name].flat
         rows = [_cells(method, row, bandwidth, flat) for method, row in found.items()]
         parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     if lines := growth(content):
         parts += ["### Growth: the optimizer's time as a line through all flat lists", lines]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str, precision: str) -> str:
+    trained = WORKLOADS.get("lstm" if name == "processes" else name)
+    autocasts = trained is not None and trained.autocasts
+    return f"{OTHERS.get(name) or WORKLOADS[name].title}, {precision if autocasts else 'float32'}"
 
 
 def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) -> dict[str, str]:
@@ -62,6 +71,8 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) ->
     cells = {"method": f"`{method}`", "ratio to base": "1"}
     if method != "base":
         cells["ratio to base"] = f"{middle:.3f} ({low:.3f} … {high:.3f})"
+    block = row.get("block", 1)
+    cells["rounds"] = f"{len(row[which])} × {block} steps" if block > 1 else str(len(row[which]))
     if not flat:
         cells["step, ms"] = _milliseconds(row["step"])
     if "optimizer" in row:

@@ -6,17 +6,23 @@ import contextlib
 import io
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .timing import in_turn
+from .timing import MANY, WARM_UPS, interleaved
 
-STEPS = 20
-KINDS = ("base", "none", "extrap-past")
+STEPS, UNCOUNTED = 20, 5
+"""Steps of a training, and the first of them, which are not counted."""
+
+GROUPS = (("base", "none", "extrap-past"),)
+"""What is interleaved."""
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
@@ -37,18 +43,26 @@ def _model() -> nn.Module:
     )
 
 
-def run(rounds: int) -> dict[str, Any]:
-    """Train for `STEPS` steps with each in turn, `rounds` times; the first five steps of each are not counted."""
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for round_ in tqdm(range(rounds), desc="trainer", unit="round"):
-        for kind in in_turn(KINDS, round_):
-            found[kind] += _train(kind)
-    base = found["base"]
+def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+    """Train with each kind in turn, `MANY` times for every round; nothing is begun after `end` of `time.monotonic`."""
+    with tqdm(total=WARM_UPS + MANY * rounds, desc="trainer", unit="round") as bar:
+        trainings = {kind: partial(_train, kind) for kind in kinds}
+        found = interleaved(trainings, MANY * rounds, bar.update, lambda: time.monotonic() >= end)
     parameters = sum(p.numel() for p in _model().parameters())
-    return {kind: {"step": seconds, "base_step": base, "parameters": parameters} for kind, seconds in found.items()}
+    return {
+        # What is timed around a training is more than its steps: they are what it gives back.
+        kind: {
+            "step": row["optimizer"],
+            "base_step": found["base"]["optimizer"],
+            "block": STEPS - UNCOUNTED,
+            "parameters": parameters,
+        }
+        for kind, row in found.items()
+    }
 
 
-def _train(kind: str) -> list[float]:
+def _train(kind: str) -> float:
+    """The median of a training's steps, in seconds."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
@@ -81,4 +95,4 @@ def _train(kind: str) -> list[float]:
         trainer.add_callback(Clock())
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
-    return seconds[5:]
+    return float(np.median(seconds[UNCOUNTED:]))

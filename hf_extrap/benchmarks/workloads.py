@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from hf_extrap.precision import cpu_has_bf16
+
+from .timing import synchronize
 
 Loss = Callable[[nn.Module, int, float], Tensor]
 
@@ -18,11 +23,12 @@ class Workload:
     """One thing to train.
 
     Attributes:
-        title: in words.
+        title: in words, without the precision.
         build: makes the model, on the CPU.
         loss: of a model, for a worker's number and the share of its batch that is used.
         base: `nesterov` or `adamw`.
         workers: virtual workers of a step.
+        autocasts: whether passes are in `precision_of` the device; else they are in float32.
         flat: whether gradients are given, so that the optimizer is all there is.
         needs_gpu: whether a CPU would take minutes a step.
         bytes_each: of one method's parameters, gradients and states, where that is large.
@@ -33,6 +39,7 @@ class Workload:
     loss: Loss | None
     base: str
     workers: int = 1
+    autocasts: bool = False
     flat: bool = False
     needs_gpu: bool = False
     bytes_each: int = 0
@@ -50,6 +57,11 @@ class Flat(nn.Module):
     def __init__(self, parameters: int, tensors: int) -> None:
         super().__init__()
         self.weights = nn.ParameterList(torch.randn(parameters // tensors) for _ in range(tensors))
+
+
+def precision_of(device: torch.device) -> str:
+    """What the recipes are trained in: bf16 autocast, but float32 on a CPU without instructions for bf16."""
+    return "bf16 autocast" if device.type != "cpu" or cpu_has_bf16() else "float32"
 
 
 def _lstm() -> nn.Module:
@@ -85,14 +97,14 @@ def _gpt2() -> nn.Module:
 
 
 def _tokens(rows: int, length: int, vocabulary: int) -> Loss:
-    """The loss of predicting random tokens in bf16 autocast, `rows` × `length` for each worker."""
+    """The loss of predicting random tokens, `rows` × `length` for each worker."""
 
     def loss(model: nn.Module, worker: int, share: float) -> Tensor:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(worker)
         used = max(1, round(share * rows))
         tokens = torch.randint(3, vocabulary, (used, length), generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision_of(device) != "float32"):
             found: Tensor = model(input_ids=tokens, labels=tokens).loss
         return found
 
@@ -124,9 +136,11 @@ def _flat(parameters: int, tensors: int) -> Workload:
 
 
 WORKLOADS: dict[str, Workload] = {
-    "lstm": Workload("LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, _tokens(64, 16, 33_000), "adamw", 4),
+    "lstm": Workload(
+        "LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, _tokens(64, 16, 33_000), "adamw", 4, True
+    ),
     "translation": Workload(
-        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2
+        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2, True
     ),
     "resnet": Workload("ResNet-20, 128 pictures, SGD + Nesterov", _resnet, _pictures(128), "nesterov"),
     "gpt2": Workload(
@@ -134,6 +148,7 @@ WORKLOADS: dict[str, Workload] = {
         _gpt2,
         _tokens(32, 1024, 50_000),
         "adamw",
+        autocasts=True,
         needs_gpu=True,
         bytes_each=6 * 4 * 124_439_808,
     ),
@@ -146,15 +161,34 @@ WORKLOADS: dict[str, Workload] = {
 """Everything that can be benched, by name."""
 
 
+class _Given(torch.autograd.Function):
+    """A loss that is nothing but its gradients: the backward pass hands them to hooks and parameters, uncopied."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return params[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        # A tensor that nobody else holds becomes `.grad` as it is.
+        return None, *(gradient.detach() for gradient in ctx.gradients)
+
+
 @dataclass
 class Made:
-    """A model with the parameters that are trained and, of a flat list, their gradients."""
+    """A model with the parameters that are trained and, of a flat list, their gradients.
+
+    Attributes:
+        pass_seconds: the seconds of `backward`; those of a flat list, whose pass is hooks alone, are not among them.
+    """
 
     workload: Workload
     device: torch.device
     model: nn.Module = field(init=False)
     params: list[nn.Parameter] = field(init=False)
     gradients: list[Tensor] = field(init=False)
+    pass_seconds: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -164,5 +198,19 @@ class Made:
 
     def loss(self, worker: int, share: float = 1.0) -> Tensor:
         """The worker's loss, divided by the number of workers."""
-        assert self.workload.loss is not None
+        if self.workload.loss is None:
+            given: Tensor = _Given.apply(self.gradients, *self.params)
+            return given
         return self.workload.loss(self.model, worker, share) / self.workload.workers
+
+    def backward(self, worker: int, share: float = 1.0) -> None:
+        """A pass of the worker, where the parameters are."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        loss = self.loss(worker, share)
+        if not self.workload.flat:
+            loss.backward()
+        synchronize(self.device)
+        self.pass_seconds += time.perf_counter() - started
+        if self.workload.flat:
+            loss.backward()

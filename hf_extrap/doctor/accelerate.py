@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_extrap.precision import NO_BF16
+
 from .machine import Machine
 from .verdict import Verdict
 
@@ -85,6 +87,8 @@ def _judge_precision(precision: str, machine: Machine, verdict: Verdict, on_cpu:
         verdict.refuse("mixed_precision is fp16, which needs a GPU: use bf16 or no.")
     if precision == "bf16" and not on_cpu and machine.gpus and not machine.bf16_gpus:
         verdict.refuse("mixed_precision is bf16, which the GPUs here do not compute in: use fp16 or no.")
+    if precision == "bf16" and (on_cpu or machine.gpus == 0) and not machine.bf16_cpu:
+        verdict.note(f"mixed_precision is bf16, and this CPU {NO_BF16}: give mixed_precision: 'no'.")
 
 
 def _judge_fsdp(fields: Mapping[str, Any], processes: int, verdict: Verdict) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from hf_extrap.precision import NO_BF16
+
 from .accelerate import judge_accelerate
 from .deepspeed import judge_deepspeed
 from .machine import Machine
@@ -63,8 +65,13 @@ def _judge_training(fields: dict[str, Any], machine: Machine, verdict: Verdict) 
     on_cpu = fields.get("use_cpu") is True or machine.gpus == 0
     if fields.get("fp16") is True and on_cpu:
         verdict.refuse("fp16 is true, which needs a GPU: use bf16 or float32.")
-    if fields.get("bf16") is True and not on_cpu and not machine.bf16_gpus:
-        verdict.refuse("bf16 is true, which the GPUs here do not compute in.")
+    if fields.get("bf16") is True:
+        if not on_cpu and not machine.bf16_gpus:
+            verdict.refuse("bf16 is true, which the GPUs here do not compute in.")
+        if on_cpu and not machine.bf16_cpu:
+            verdict.note(f"bf16 is true, and this CPU {NO_BF16}: give --bf16 false.")
+            if fields["task"] == "language_modeling" and not fields.get("model") and "model_type" not in fields:
+                verdict.refuse("PyTorch has no LSTM in bf16 for this CPU.")
     if isinstance(fields.get("deepspeed"), str):
         _judge_inner(fields["deepspeed"], machine, verdict)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_extrap.precision import NO_BF16
+
 from .machine import Machine
 from .verdict import Verdict
 
@@ -16,12 +18,16 @@ def judge_deepspeed(fields: Mapping[str, Any], machine: Machine, verdict: Verdic
         fields: of the JSON file.
         name: of the file, for the sentences.
     """
-    _judge_installation(machine, verdict)
+    on_cpu = machine.gpus == 0 or machine.environment.get("DS_ACCELERATOR") == "cpu"
+    _judge_installation(machine, verdict, on_cpu)
     zero = fields.get("zero_optimization", {})
     if fields.get("fp16", {}).get("enabled") is True and machine.gpus == 0:
         verdict.refuse(f"{name} enables fp16, which DeepSpeed refuses on a CPU: use bf16 or float32.")
-    if fields.get("bf16", {}).get("enabled") is True and machine.gpus and not machine.bf16_gpus:
-        verdict.refuse(f"{name} enables bf16, which the GPUs here do not compute in.")
+    if fields.get("bf16", {}).get("enabled") is True:
+        if on_cpu and not machine.bf16_cpu:
+            verdict.note(f"{name} enables bf16, and this CPU {NO_BF16}: give bf16 enabled: false.")
+        elif not on_cpu and not machine.bf16_gpus:
+            verdict.refuse(f"{name} enables bf16, which the GPUs here do not compute in.")
     if "optimizer" in fields:
         verdict.note(f"{name} has an optimizer of its own: extrapolation is refused unless it is taken out.")
     elif fields.get("zero_allow_untested_optimizer") is not True and zero.get("stage", 0):
@@ -35,12 +41,11 @@ def judge_deepspeed(fields: Mapping[str, Any], machine: Machine, verdict: Verdic
         verdict.note("ZeRO-3 takes global directions and noise alone.")
 
 
-def _judge_installation(machine: Machine, verdict: Verdict) -> None:
+def _judge_installation(machine: Machine, verdict: Verdict, on_cpu: bool) -> None:
     if "deepspeed" not in machine.versions:
         verdict.refuse("DeepSpeed is not installed: pip install 'hf_extrap[deepspeed]'.")
     elif machine.deepspeed_error:
         verdict.refuse(f"DeepSpeed is installed and cannot be imported: {machine.deepspeed_error}.")
-    on_cpu = machine.gpus == 0 or machine.environment.get("DS_ACCELERATOR") == "cpu"
     missing = sorted({"g++", "ninja"} - machine.compilers)
     if on_cpu and missing:
         verdict.refuse(f"DeepSpeed builds an extension for the CPU with {' and '.join(missing)}, not on PATH here.")

@@ -14,6 +14,8 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
+from hf_extrap.precision import cpu_has_bf16
+
 TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "accelerate": "1.15.0", "deepspeed": "0.19.8"}
 """The releases that the tests run with."""
 
@@ -42,6 +44,7 @@ class Machine:
     Attributes:
         gpus: CUDA devices that this process sees.
         bf16_gpus: whether they compute in bfloat16.
+        bf16_cpu: whether the CPU has instructions for it.
         backends: of torch.distributed: gloo, nccl.
         versions: release of each library in `TESTED` that is installed.
         deepspeed_error: why an installed DeepSpeed cannot be imported; None if it can, or was not tried.
@@ -51,6 +54,7 @@ class Machine:
 
     gpus: int = 0
     bf16_gpus: bool = False
+    bf16_cpu: bool = False
     backends: frozenset[str] = frozenset({"gloo"})
     versions: Mapping[str, str] = field(default_factory=dict)
     deepspeed_error: str | None = None
@@ -73,6 +77,7 @@ def this_machine() -> Machine:
     return Machine(
         gpus=gpus,
         bf16_gpus=gpus > 0 and torch.cuda.is_bf16_supported(),
+        bf16_cpu=cpu_has_bf16(),
         backends=frozenset(backends),
         versions=_versions(),
         deepspeed_error=_deepspeed_error(),

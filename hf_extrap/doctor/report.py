@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from hf_extrap.precision import cpu_has_bf16
 from hf_extrap.report import make_table
 from hf_extrap.results import versions
 
@@ -49,7 +50,8 @@ def engines(machine: Machine) -> list[Engine]:
 def devices() -> list[tuple[str, str]]:
     """Name and description of each device that PyTorch sees here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [("cpu", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads a process")]
+    bf16 = "bf16" if cpu_has_bf16() else "bf16 emulated"
+    found = [("cpu", f"{platform.machine()}, {cores} cores, {torch.get_num_threads()} threads a process, {bf16}")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

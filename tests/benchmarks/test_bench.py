@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         generator = torch.Generator().manual_seed(worker)
         return model(torch.randn(max(1, round(8 * share)), 4, generator=generator)).square().mean()
 
-    model = Workload("a line", lambda: torch.nn.Linear(4, 3), loss, "adamw", workers=2)
+    model = Workload("a line", lambda: torch.nn.Linear(4, 3), loss, "adamw", autocasts=True, workers=2)
     for name, workload in {"tiny": model, "tiny-flat": workloads._flat(1000, 10)}.items():
         monkeypatch.setitem(workloads.WORKLOADS, name, workload)
     return "tiny"
@@ -71,6 +73,27 @@ def test_peers_of_a_kind_take_the_step_that_ours_takes(tiny: str) -> None:
             step()
         ends.append(torch.cat([p.detach().flatten() for p in made.params]))
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "counted"), [("tiny-flat", True), ("tiny", False)])
+def test_hooks_count_where_there_is_no_pass_but_them(tiny: str, name: str, counted: bool) -> None:
+    made = Made(workloads.WORKLOADS[name], CPU)
+    step, _ = make("base", made)
+    step()
+    made.params[0].register_hook(lambda _: time.sleep(0.1))
+    assert (min(step() for _ in range(3)) >= 0.1) == counted
+
+
+def test_given_gradients_reach_hooks_and_parameters_uncopied(tiny: str) -> None:
+    made, seen = Made(workloads.WORKLOADS["tiny-flat"], CPU), []
+    for p in made.params:
+        p.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    for _ in range(2):
+        made.backward(0)
+        given = [gradient.data_ptr() for gradient in made.gradients]
+        assert sorted(seen) == sorted(given) and [p.grad.data_ptr() for p in made.params] == given
+        seen.clear()
+        made.model.zero_grad()
 
 
 def test_rounds_are_interleaved_and_turned_round() -> None:
@@ -173,6 +196,26 @@ def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "bench.json").write_text(json.dumps({"machine": {"torch": "0.1"}, "results": {}}))
     with pytest.raises(ValueError, match="holds figures of another machine"):
         module._begin(tmp_path / "bench.json", CPU)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_precision_is_that_of_the_cpu_and_is_not_mixed(
+    tiny: str, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: able)
+    seen: list[bool] = []
+    linear = torch.nn.Linear(4, 3)
+    linear.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)
+    workloads._tokens(2, 3, 9)(linear, 0, 1.0)
+    assert seen == [able]
+    bench([tiny, "tiny-flat"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
+    table = (tmp_path / "bench.md").read_text()
+    assert (
+        f"a line, {'bf16 autocast' if able else 'float32'}\n" in table and "gradients given, AdamW, float32\n" in table
+    )
+    monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: not able)
+    with pytest.raises(ValueError, match="of another machine or precision .precision was"):
+        bench([tiny], ["base"], 2, output_dir=str(tmp_path), device="cpu")
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

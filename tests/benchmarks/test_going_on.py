@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hf_extrap.benchmarks import bench as module
-from hf_extrap.benchmarks.bench import LOOPS, METHODS, PARTS, bench, workloads_of
-from hf_extrap.benchmarks.workloads import WORKLOADS, _flat
+from hf_extrap.benchmarks.bench import LOOPS, METHODS, PARTS, Loop, bench, workloads_of
+from hf_extrap.benchmarks.timing import WARM_UPS, Step
+from hf_extrap.benchmarks.workloads import WORKLOADS, Made, _flat
 
 TINY = "flat-1e3-10"
+ROW = {
+    **{key: [1.0, 2.0] for key in ("step", "optimizer", "base_step", "base_optimizer")},
+    **{"parameters": 1000, "tensors": 10, "peak_bytes": 9},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +48,41 @@ def test_a_peer_installed_later_is_measured_then(tmp_path: Path, monkeypatch: py
     assert second["schedulefree"]["package"] == f"schedulefree {version('schedulefree')}"
 
 
-def test_time_is_looked_at_between_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 100.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    bench([TINY], ["none", "past-update"], 2, minutes=1, output_dir=str(tmp_path), device="cpu")
-    assert set(rows_of(tmp_path)) == {"base", "none"}
+@pytest.mark.parametrize(("steps", "kept"), [(0, 0), (2 * WARM_UPS + 4, 0), (2 * WARM_UPS + 9, 4), (99, 7)])
+def test_time_ends_between_two_steps(
+    steps: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[str] = []
+
+    def counted(method: str, made: Made) -> tuple[Step, object]:
+        # The peak takes three steps of each method before the rounds begin.
+        return (lambda: taken.append(method) or 1.0), None
+
+    monkeypatch.setattr(module, "make", counted)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 61.0 * (len(taken) >= 2 * 3 + steps)))
+    bench([TINY], ["none"], 7, minutes=1, output_dir=str(tmp_path), device="cpu")
+    found = rows_of(tmp_path)
+    assert [len(row[key]) for row in found.values() for key in ("step", "base_step")] == [kept] * 4 * (kept > 0)
+    assert len(taken) == min(2 * 3 + steps, 2 * (3 + WARM_UPS + 7))
+    assert (f"Time is up before {TINY} is done; give it more minutes." in capsys.readouterr().out) == (kept == 0)
+    if kept:
+        assert f" {kept} " in (tmp_path / "bench.md").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_a_later_call_measures_what_time_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "flat-1e2-10"
+    monkeypatch.setitem(WORKLOADS, other, _flat(100, 10))
+    clock = iter([0.0] * 2)
+    with monkeypatch.context() as short:
+        short.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock, 61.0)))
+        short.setattr(module, "_measure", lambda *_: {"base": ROW})
+        bench([TINY, other], ["base"], 2, minutes=1, output_dir=str(tmp_path), device="cpu")
+    assert f"Time is up before {other} is done; the same command goes on from here." in capsys.readouterr().out
+    assert rows_of(tmp_path, other) == {}
+    bench([TINY, other], ["base"], 2, output_dir=str(tmp_path), device="cpu")
+    assert rows_of(tmp_path) == {"base": ROW} and len(rows_of(tmp_path, other)["base"]["step"]) == 2
 
 
 def test_the_base_alone_is_a_benchmark_too(tmp_path: Path) -> None:
@@ -60,13 +97,21 @@ def test_what_is_done_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_loop_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    row = {"step": [2.0, 4.0], "base_step": [1.0, 2.0], "parameters": 1}
-    monkeypatch.setitem(LOOPS, "trainer", lambda rounds: calls.append(rounds) or {"none": row})
-    for _ in range(2):
+    calls: list[tuple[str, ...]] = []
+    row = {"step": [2.0, 4.0], "base_step": [1.0, 2.0], "parameters": 1, "block": 5}
+
+    def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+        calls.append((*kinds, str(rounds)))
+        return {kind: row for kind in kinds if len(calls) != 2}
+
+    monkeypatch.setitem(LOOPS, "trainer", Loop(run, [("base", "none"), ("base", "extrap")]))
+    for _ in range(3):
         bench(["trainer"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
-    assert calls == [2] and rows_of(tmp_path, "trainer") == {"none": row}
-    assert "2.000 (2.000 … 2.000)" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+    # Time ended in the second group, which the second call goes on with.
+    assert calls == [("base", "none", "2"), ("base", "extrap", "2"), ("base", "extrap", "2")]
+    assert rows_of(tmp_path, "trainer") == dict.fromkeys(("base", "none", "extrap"), row)
+    table = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert "2.000 (2.000 … 2.000)" in table and "2 × 5 steps" in table
 
 
 def test_memory_that_is_short_separates_methods() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_extrap.benchmarks.timing import WARM_UPS, interleaved, ratio, spread
+from hf_extrap.benchmarks.timing import FEWEST, WARM_UPS, interleaved, ratio, spread
 
 
 def test_one_tick_a_round_and_no_sample_of_a_warm_up() -> None:
@@ -14,6 +14,22 @@ def test_one_tick_a_round_and_no_sample_of_a_warm_up() -> None:
     found = interleaved({"a": lambda: float(next(values))}, rounds=2, tick=lambda: ticks.append(1))
     assert len(ticks) == WARM_UPS + 2
     assert found["a"]["optimizer"] == [WARM_UPS, WARM_UPS + 1]
+
+
+def test_a_sample_is_the_median_of_a_block() -> None:
+    values = iter([0.0] * 5 * WARM_UPS + [5.0, 1.0, 2.0, 90.0, 3.0, *[7.0] * 5])
+    found = interleaved({"a": lambda: next(values)}, rounds=2, block=5)
+    assert found["a"]["optimizer"] == [3.0, 7.0] and len(found["a"]["step"]) == 2
+    assert next(values, None) is None
+
+
+@pytest.mark.parametrize(("rounds", "fewest"), [(2, 2), (9, FEWEST)])
+def test_whole_rounds_are_kept_if_they_are_enough(rounds: int, fewest: int) -> None:
+    for whole in (fewest - 1, fewest, fewest + 1):
+        blocks = iter([False] * (2 * (WARM_UPS + whole) + 1))
+        found = interleaved({"a": lambda: 0.0, "b": lambda: 0.0}, rounds, over=lambda b=blocks: next(b, True))
+        expected = [min(whole, rounds)] * 2 if whole >= fewest else []
+        assert [len(row["step"]) for row in found.values()] == expected
 
 
 def test_a_ratio_is_of_the_same_round() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import Trainer
@@ -11,6 +13,7 @@ from hf_extrap.benchmarks import trainers
 
 def test_every_kind_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainers, "STEPS", 8)
+    monkeypatch.setattr(trainers, "MANY", 1)
     taken: list[list[float]] = []
     plain = Trainer.training_step
 
@@ -22,13 +25,14 @@ def test_every_kind_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         return loss
 
     monkeypatch.setattr(Trainer, "training_step", recording)
-    found = trainers.run(2)
-    assert list(found) == list(trainers.KINDS)
+    kinds = trainers.GROUPS[0]
+    found = trainers.run(kinds, 2, math.inf)
+    assert tuple(found) == kinds
     for row in found.values():
-        # Two rounds, without the first five steps of each.
-        assert len(row["step"]) == len(row["base_step"]) == 2 * 3 and min(row["step"]) > 0
-        assert row["base_step"] == found["base"]["step"]
-    # Of the second round, which turns the order round: base, none, extrap-past.
-    base, none, past = taken[-3:]
+        assert len(row["step"]) == len(row["base_step"]) == 2 and min(row["step"]) > 0
+        assert row["base_step"] == found["base"]["step"] and row["block"] == 8 - 5
+    # Of the last round, in which the order is turned round.
+    past, none, base = taken[-3:]
     assert len(base) == 8 and base == none
+    assert trainers.run(kinds, 2, 0.0) == {}
     assert past[0] == base[0] and past[2:] != base[2:]
