@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from .spares import Spares
@@ -97,12 +98,17 @@ class GradientCapture:
             return
         buffer = self._into[index]
         if buffer is None:
-            buffer = self._into[index] = self.spares.take(index, grad, self._dtype)
+            buffer = self._into[index] = self.spares.take(index, self._like(index, grad), self._dtype or grad.dtype)
         elif index in self._filled:
             buffer.add_(grad, alpha=float(self._scale))
             return
         torch.mul(grad, self._scale, out=buffer)
         self._filled.add(index)
+
+    def _like(self, index: int, grad: Tensor) -> Tensor:
+        """The parameter, over whose layout y can be written, as gradients of convolutions have another one."""
+        param = self._handles[index][0]()
+        return param if param is not None and param.shape == grad.shape and not isinstance(grad, DTensor) else grad
 
     def _square(self, grad: Tensor, squares: list[Tensor]) -> None:
         wide = torch.promote_types(grad.dtype, torch.float32)

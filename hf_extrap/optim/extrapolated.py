@@ -336,7 +336,7 @@ class Extrapolated(LookingBack):
         if self._needs_step_length or self.config.direction == "past_update":
             params = self._params()
             indices = [i for i, p in enumerate(self._engine.leaves()) if p.requires_grad]
-            self._before = {i: self._memory.spares.take(i, params[i].detach()) for i in indices}
+            self._before = {i: self._memory.spares.take(i, params[i]) for i in indices}
             copy_(list(self._before.values()), [params[i] for i in indices])
 
     def _end_step(self, stepped: Sequence[bool]) -> None:

@@ -131,7 +131,7 @@ class Moving(OptimizerWrapper):
                 continue
             d = stored[i] if spends else None
             fitting = d is not None and d.dtype == p.dtype and fits(d, p)
-            points[i] = d if d is not None and fitting else self._memory.spares.take(i, p.detach())
+            points[i] = d if d is not None and fitting else self._memory.spares.take(i, p)
         return points
 
     def _steps(self, key: int, moves: dict[int, Tensor], factors: Tensor | None) -> list[float | Tensor]:

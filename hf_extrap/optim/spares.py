@@ -50,8 +50,6 @@ def fits(tensor: Tensor, like: Tensor) -> bool:
     """Whether a tensor is laid out as another one is, types aside."""
     if tensor.shape != like.shape or tensor.stride() != like.stride() or tensor.device != like.device:
         return False
-    if type(tensor) is type(like) is Tensor:
-        return True
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         return tensor.placements == like.placements and tensor.device_mesh == like.device_mesh
     return isinstance(tensor, DTensor) == isinstance(like, DTensor)
