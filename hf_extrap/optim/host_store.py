@@ -124,7 +124,10 @@ class HostStore(MutableMapping[int, Buffers]):
 
     def put_away(self, but: int | None = None) -> None:
         """Start to copy what is beside the parameters to the host, but for one worker's and what is ahead."""
-        for worker in [w for w, near in self._near.items() if w != but and not near.ahead]:
+        others = [w for w, near in self._near.items() if w != but and not near.ahead]
+        if others:
+            self._join()
+        for worker in others:
             self._write(worker)
             self._leave(worker)
 

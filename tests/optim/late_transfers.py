@@ -35,8 +35,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written = {_memory(to) for to, _ in LateTransfers.running}
-        read = {_memory(source) for _, source in LateTransfers.running}
+        written = [_memory(to) for to, _ in LateTransfers.running]
+        read = [_memory(source) for _, source in LateTransfers.running]
         for place, argument in enumerate(func._schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             alias = argument.alias_info
@@ -45,10 +45,17 @@ class Watch(TorchDispatchMode):
             for tensor in tree_leaves(value):
                 if isinstance(tensor, Tensor) and tensor.numel():
                     memory = _memory(tensor)
-                    assert memory not in written, f"{func} came before the copy into its memory had ended"
-                    assert alias is None or memory not in read, f"{func} wrote what a copy still reads"
+                    assert not _meet(memory, written), f"{func} came before the copy into its memory had ended"
+                    assert alias is None or not _meet(memory, read), f"{func} wrote what a copy still reads"
         return func(*args, **kwargs)
 
 
-def _memory(tensor: Tensor) -> int:
-    return held(tensor).untyped_storage().data_ptr()
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor and the one after its last."""
+    own = held(tensor)
+    length = 1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True))
+    return own.data_ptr(), own.data_ptr() + length * own.element_size()
+
+
+def _meet(memory: tuple[int, int], others: list[tuple[int, int]]) -> bool:
+    return any(memory[0] < end and start < memory[1] for start, end in others)

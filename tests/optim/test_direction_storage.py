@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_extrap import ExtrapConfig, Extrapolated
+from hf_extrap.optim.batched_workers import BatchedWorkers
 from hf_extrap.optim.host_store import HostStore
 from hf_extrap.optim.memory import DirectionMemory
 
@@ -162,6 +163,15 @@ def copy_and_go_on(model: nn.Module, optimizer: Extrapolated) -> None:
     train(model, optimizer, 3, 3)
 
 
+def take_all_workers_at_once(model: nn.Module, optimizer: Extrapolated) -> None:
+    workers = BatchedWorkers(optimizer, model, lambda model, batch: loss(model, batch["inputs"]))
+    for step in range(4):
+        torch.manual_seed(step)
+        workers.backward([{"inputs": torch.randn(4, 5)} for _ in range(WORKERS)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def warm_up_in_turns(model: nn.Module, optimizer: Extrapolated) -> None:
     train(model, optimizer, 0, 1, turns=2)
     train(model, optimizer, 1, 3)
@@ -169,7 +179,17 @@ def warm_up_in_turns(model: nn.Module, optimizer: Extrapolated) -> None:
 
 @pytest.mark.parametrize("collects", [False, True])
 @pytest.mark.parametrize(
-    "run", [look, come_back, change_turns, save_within_a_step, discard, copy_and_go_on, warm_up_in_turns]
+    "run",
+    [
+        look,
+        come_back,
+        change_turns,
+        save_within_a_step,
+        discard,
+        copy_and_go_on,
+        take_all_workers_at_once,
+        warm_up_in_turns,
+    ],
 )
 def test_whatever_a_loop_does_the_host_gives_the_same_numbers(run: Any, collects: bool) -> None:
     ends = [make("extrap-past", place) for place in (None, "cpu")]
