@@ -37,8 +37,9 @@ class ExtrapConfig:
         precondition: multiply a gradient direction by Adam's P = 1 / (√v̂ + ε), from the state of the base optimizer;
             `auto` then measures the curvature in that metric.
         direction_dtype: the type in which directions are stored; None keeps that of the parameters.
-        direction_device: `cpu` keeps stored directions in the host's memory, pinned where the parameters are on a GPU,
-            and brings back one worker's at a time; None keeps them beside the parameters.
+        direction_device: `cpu` keeps the directions of virtual workers in the host's memory, pinned where the
+            parameters are on a GPU, and copies one worker's to and fro while another one runs; None keeps them beside
+            the parameters. There the direction of a single worker, or of all, stays in any case.
         swap: let a parameter point to the memory of y and then back to its own, in place of copying x: no copy is made,
             and y lies over its spent direction. None swaps on the CPU alone, since a CUDA graph reads the addresses
             that it was recorded with. Parameters that share memory, or whose engine owns it, are copied in any case.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ class LookingBack(Moving):
         norm = self._engine.gradient_norm()
         return shrinking(total_norm([g for g in gradients if g is not None]), norm) if norm else 1.0
 
-    def _directions_at_hand(self) -> list[Buffers]:
+    def _directions_at_hand(self) -> Iterator[Buffers]:
         """The directions of this step, or, from the past, the local gradients that will be the next one's."""
         if self.config.direction == "past_gradient" and self.config.is_local:
-            return [self._memory.captured_of(worker) for worker in self._memory.captured_workers()]
-        return list(self._memory.directions.values())
+            return (self._memory.captured_of(worker) for worker in self._memory.captured_workers())
+        return iter(self._memory.directions.values())
 
     def _measure(self, key: int, at_y: Buffers) -> None:
         """Smooth ‖g(y) − g(x)‖ / ‖y − x‖ into the curvature of a worker that has just probed."""

@@ -112,7 +112,7 @@ class Moving(OptimizerWrapper):
 
     def _spends(self, key: int) -> bool:
         """Whether a stored direction is of no more use once y is known."""
-        if key not in self._memory.directions or self._memory.on_host or self._measures or self._only_looks:
+        if key not in self._memory.directions or self._measures or self._only_looks:
             return False
         # Statistics compare it with the gradient, but where that is the next direction.
         return not self.collect_statistics or (self.config.direction == "past_gradient" and self.config.is_local)

@@ -16,22 +16,36 @@ class Spares:
     def __init__(self) -> None:
         self._free: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def take(self, index: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def take(
+        self, index: int, like: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Tensor:
         """A tensor with any content, laid out as `like` is.
 
         Args:
             index: of the parameter.
             like: whose shape, strides, device and kind it gets.
             dtype: another one than that of `like`.
+            device: the same.
         """
-        dtype = dtype or like.dtype
-        spare = self._free.pop((index, dtype), None)
-        return spare if spare is not None and fits(spare, like) else torch.empty_like(like, dtype=dtype)
+        spare = self.find(index, like, dtype, device)
+        return torch.empty_like(like, dtype=dtype, device=device) if spare is None else spare
+
+    def find(
+        self, index: int, like: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Tensor | None:
+        """The same, None where there is none spare."""
+        spare = self._free.pop((index, dtype or like.dtype), None)
+        return spare if spare is not None and fits(spare, like, device) else None
 
     def give(self, index: int, tensor: Tensor | None) -> None:
         """Take back a tensor that nobody reads any more."""
         if tensor is not None:
             self._free[index, tensor.dtype] = tensor
+
+    def take_all(self, other: Spares) -> None:
+        """Take what is spare there."""
+        self._free |= other._free
+        other.clear()
 
     def tensors(self) -> list[Tensor]:
         """What is free now."""
@@ -46,9 +60,9 @@ class Spares:
         self._free.clear()
 
 
-def fits(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a tensor is laid out as another one is, types aside."""
-    if tensor.shape != like.shape or tensor.stride() != like.stride() or tensor.device != like.device:
+def fits(tensor: Tensor, like: Tensor, device: torch.device | None = None) -> bool:
+    """Whether a tensor is laid out as another one is, types aside, and on the same device or on the one given."""
+    if tensor.shape != like.shape or tensor.stride() != like.stride() or tensor.device != (device or like.device):
         return False
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         return tensor.placements == like.placements and tensor.device_mesh == like.device_mesh

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.memory import HostStore
+from hf_extrap.optim.host_store import HostStore
 
 KINDS = {"allreduce": "all_reduce", "reduce_scatter": "reduce_scatter", "allgather": "all_gather"}
 
@@ -47,8 +47,8 @@ def held_bytes(optimizer: Extrapolated) -> dict[str, int]:
     held = {"x": _bytes(optimizer._x.kept.values()), "directions": _bytes(memory.spares.tensors()), "host": 0}
     for store in (memory.directions, memory.captured):
         if isinstance(store, HostStore):
-            held["host"] += sum(_bytes(buffers) for _, buffers in store.stored())
-            held["directions"] += _bytes(store.near)
+            held["host"] += _bytes(store.far())
+            held["directions"] += _bytes(store.near())
         else:
             held["directions"] += sum(_bytes(buffers) for buffers in store.values())
     return held
