@@ -175,7 +175,9 @@ def _traffic(workload: Workload, method: str) -> dict[str, Any]:
         return {"floor": own, "moved": own}
     if config is None or config.batch_fraction < 1:
         return {}
-    return {"floor": own + floor_of(config).total, "moved": own + moved(config, config.swap is not False).total}
+    least = floor_of(config, workload.workers)
+    ours = moved(config, config.swap is not False, workload.workers)
+    return {"floor": own + least.total, "moved": own + ours.total}
 
 
 def _too_large(workload: Workload, device: torch.device, methods: int) -> str | None:
@@ -216,11 +218,11 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of the CPU, where the system tells it."""
+    """The name of the CPU, where the system tells it, and the instructions that PyTorch uses."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"
+    return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:

@@ -36,30 +36,33 @@ class Traffic(NamedTuple):
         return sum(self)
 
 
-def floor_of(config: ExtrapConfig) -> Traffic:
+def floor_of(config: ExtrapConfig, workers: int = 1) -> Traffic:
     """What the scheme costs at least: x and d read, y written; a worker's own gradient read and written, or the last
-    update written.
+    update written. In local scope each of the workers moves, and keeps a gradient.
 
     A single kernel for the base optimizer's step could give every norm on its way. The next y is not written in that
     step: its step size follows a learning rate that the schedule sets later, and between steps the parameters are x.
     """
     if not config.moves:
         return Traffic(0, 0, 0, 0)
+    moves = workers if config.is_local else 1
     if config.is_noise:
-        return Traffic(move=2, capture=0, back=0, step=0)
+        return Traffic(move=2 * moves, capture=0, back=0, step=0)
     update = 1 if config.direction == "past_update" else 0
-    return Traffic(move=3, capture=2 if config.is_local else 0, back=0, step=update)
+    return Traffic(move=3 * moves, capture=2 * moves if config.is_local else 0, back=0, step=update)
 
 
-def moved(config: ExtrapConfig, swap: bool = True) -> Traffic:
-    """What `Extrapolated` reads and writes, with one worker and no statistics.
+def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> Traffic:
+    """What `Extrapolated` reads and writes, with no statistics.
 
     Args:
         config: the scheme; with a numeric step size, no preconditioner, and directions beside the parameters.
         swap: whether parameters point to y (`ExtrapConfig.swap`); else x is copied before and after.
+        workers: that this process plays.
     """
     if not config.moves:
         return Traffic(0, 0, 0, 0)
+    moves = workers if config.is_local else 1
     # Noise is drawn as a tensor of its own: written, scaled and read. A fresh gradient of all is written by backward.
     drawn = 1 if config.is_noise else 0
     norms = {"none": 0, "norm": 1, "step": 1, "layer_step": 1, "layer": 2, "filter": 5, "adaptive": 9}[config.scaling]
@@ -72,9 +75,9 @@ def moved(config: ExtrapConfig, swap: bool = True) -> Traffic:
     kept = config.direction == "past_gradient" and not config.is_local
     captured = 2 if config.direction in ("gradient", "past_gradient") and not kept else 0
     return Traffic(
-        move=drawn + norms + 3 + (0 if swap else 2),
-        capture=captured,
-        back=0 if swap else 2,
+        move=(drawn + norms + 3 + (0 if swap else 2)) * moves,
+        capture=captured * moves,
+        back=0 if swap else 2 * moves,
         step=step + (2 if kept else 0),
     )
 

@@ -45,12 +45,13 @@ def table(content: Mapping[str, Any]) -> str:
         "matters; each of one step, or of the median of so many in a row. Optimizer: what is outside of the passes, "
         "and of a flat list, base and all, the pass that hands given gradients to hooks and parameters. "
         "Moves: reads and writes of all parameters; the floor is what the scheme needs at least, and its time is that "
-        "at the speed of the copy.",
+        "at the speed of the copy: at the floor, moves beside the base's would add so much to its step.",
     ]
     for name, found in content["results"].items():
         parts.append(f"### {name}: {_title(name, machine['precision'])}")
         flat = name in WORKLOADS and WORKLOADS[name].flat
-        rows = [_cells(method, row, bandwidth, flat) for method, row in found.items()]
+        own = found.get("base", {}).get("floor", 0)
+        rows = [_cells(method, row, bandwidth, flat, own) for method, row in found.items()]
         parts.append(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     if lines := growth(content):
         parts += ["### Growth: the optimizer's time as a line through all flat lists", lines]
@@ -63,7 +64,7 @@ def _title(name: str, precision: str) -> str:
     return f"{OTHERS.get(name) or WORKLOADS[name].title}, {precision if autocasts else 'float32'}"
 
 
-def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) -> dict[str, str]:
+def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool, own: float) -> dict[str, str]:
     if "skipped" in row:
         return {"method": f"`{method}`", "ratio to base": row["skipped"]}
     which = "optimizer" if flat else "step"
@@ -82,9 +83,11 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool) ->
         cells["sent more, MB"] = f"{row['extra_bytes_sent'] / 1e6:.1f}"
     if "floor" in row:
         cells["moves (floor)"] = f"{row['moved']:g} ({row['floor']:g})"
+        seconds = 4 * row["parameters"] / bandwidth
         if flat:
-            seconds = row["floor"] * 4 * row["parameters"] / bandwidth
-            cells["time ÷ floor"] = f"{spread(row['optimizer'])[0] / seconds:.2f}"
+            cells["time ÷ floor"] = f"{spread(row['optimizer'])[0] / (row['floor'] * seconds):.2f}"
+        else:
+            cells["at the floor"] = f"+{(row['floor'] - own) * seconds / spread(row['base_step'])[0]:.1%}"
     return cells
 
 

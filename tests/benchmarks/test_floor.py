@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.benchmarks.floor import BASES, copy_bandwidth, floor_of, moved
 from hf_extrap.optim.config import PRESETS
-from tests.optim.plain_loop import take_step
 
 SIZE = 4096
 
@@ -47,10 +46,9 @@ def _size(value: Any) -> int:
     return sum(t.numel() for t in tree_leaves(value) if isinstance(t, Tensor) and t.numel() >= SIZE)
 
 
-def counted(config: ExtrapConfig) -> float:
+def counted(config: ExtrapConfig, workers: int = 1) -> float:
     params = [nn.Parameter(torch.randn(64, 64)) for _ in range(3)]
-    optimizer = Extrapolated(torch.optim.SGD(params, lr=0.1), config)
-
+    optimizer = Extrapolated(torch.optim.SGD(params, lr=0.1), config, virtual_workers=workers)
     gradients = [torch.ones_like(p) for p in params]
 
     def backward() -> None:
@@ -59,24 +57,37 @@ def counted(config: ExtrapConfig) -> float:
             p.grad = gradient
             optimizer._capture._see(i, gradient)
 
+    def step() -> None:
+        if not config.is_local and optimizer.wants_probe:
+            with optimizer.probing():
+                backward()
+        for worker in range(workers):
+            if optimizer.wants_probe:
+                with optimizer.probing(worker=worker):
+                    backward()
+            optimizer.train(worker=worker)
+            backward()
+        optimizer.step()
+
     for _ in range(4):
         with TrafficCounter() as counter:
-            take_step(optimizer, backward)
+            step()
     return counter.elements / (3 * SIZE)
 
 
-@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize(("swap", "workers"), [(True, 1), (False, 1), (True, 3)])
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("smoothout", "asam")])
-def test_a_step_moves_what_the_formulas_say(preset: str, swap: bool) -> None:
+def test_a_step_moves_what_the_formulas_say(preset: str, swap: bool, workers: int) -> None:
     config = ExtrapConfig.preset(preset, swap=swap)
-    stock = counted(ExtrapConfig())
-    assert counted(config) - stock == moved(config, swap).total
+    stock = counted(ExtrapConfig(), workers)
+    assert counted(config, workers) - stock == moved(config, swap, workers).total
 
 
+@pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_floor_is_below(preset: str) -> None:
+def test_the_floor_is_below(preset: str, workers: int) -> None:
     config = ExtrapConfig.preset(preset)
-    ours, least = moved(config), floor_of(config)
+    ours, least = moved(config, workers=workers), floor_of(config, workers)
     assert all(a >= b for a, b in zip(ours, least, strict=True))
 
 
