@@ -25,6 +25,7 @@ os.environ.update(
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
+    PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH")])),
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]

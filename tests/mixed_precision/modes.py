@@ -72,9 +72,9 @@ MODES: dict[str, Mode] = {
     "checkpointing": Mode(checkpointed(use_reentrant=False), plain=unchanged),
     "checkpointing, reentrant": Mode(checkpointed(use_reentrant=True), plain=unchanged),
     "checkpointing, bf16 autocast": Mode(checkpointed(use_reentrant=False), plain=unchanged, autocast=torch.bfloat16),
-    "LoRA": Mode(with_adapters, rate=5.0),
-    "LoRA on a bf16 model": Mode(of_bf16(with_adapters), rate=5.0),
-    "LoRA, bf16 autocast": Mode(with_adapters, autocast=torch.bfloat16, rate=5.0),
+    "LoRA": Mode(with_adapters, rate=2.5),
+    "LoRA on a bf16 model": Mode(of_bf16(with_adapters), rate=2.5),
+    "LoRA, bf16 autocast": Mode(with_adapters, autocast=torch.bfloat16, rate=2.5),
 }
 
 

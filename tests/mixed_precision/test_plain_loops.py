@@ -26,7 +26,7 @@ def test_the_loss_falls(mode: str, preset: str) -> None:
     trained = run(mode, preset)
     first, last = trained.losses
     # Small adapters have little say.
-    assert last < first - (0.04 if "LoRA" in mode else 0.5)
+    assert last < first - (0.05 if "LoRA" in mode else 0.5)
     assert trained.optimizer.step_count == 8 and trained.optimizer.skipped_steps == 0
 
 
