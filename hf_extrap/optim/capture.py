@@ -25,7 +25,8 @@ class GradientCapture:
         self._handles: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._into: list[Tensor | None] | None = None
         self._filled: set[int] = set()
-        self._scale = torch.ones((), dtype=torch.float64)
+        self._scale = 1.0
+        self._factors: dict[torch.dtype, Tensor] = {}
         self._dtype: torch.dtype | None = None
         self.spares = Spares()
         """Where new buffers come from."""
@@ -63,9 +64,17 @@ class GradientCapture:
             scale: a gradient is multiplied by it, which takes out the loss scale.
             dtype: of new buffers; None for the gradient's own.
         """
-        self._into, self._filled, self._dtype = buffers, filled, dtype
-        # Multiplying by a tensor on the CPU takes less than half as long as by a number, and nobody waits for it.
-        self._scale = torch.tensor(scale, dtype=torch.float64)
+        self._into, self._filled, self._scale, self._dtype = buffers, filled, scale, dtype
+        self._factors.clear()
+        if buffers is not None:
+            self._lay_out(buffers)
+
+    def _lay_out(self, buffers: list[Tensor | None]) -> None:
+        """Put spare memory where there is none: amid a pass that would take three times as long."""
+        for index, (known, _) in self._handles.items():
+            param = known()
+            if buffers[index] is None and param is not None and not isinstance(param, DTensor):
+                buffers[index] = self.spares.find(index, param, self._dtype)
 
     def start_pass(self) -> None:
         """What comes next belongs to the step, and is a pass of its own in `pass_squares`."""
@@ -100,10 +109,20 @@ class GradientCapture:
         if buffer is None:
             buffer = self._into[index] = self.spares.take(index, self._like(index, grad), self._dtype or grad.dtype)
         elif index in self._filled:
-            buffer.add_(grad, alpha=float(self._scale))
+            buffer.add_(grad, alpha=self._scale)
             return
-        torch.mul(grad, self._scale, out=buffer)
+        if self._scale == 1:
+            buffer.copy_(grad)
+        else:
+            torch.mul(grad, self._factor(grad.dtype), out=buffer)
         self._filled.add(index)
+
+    def _factor(self, dtype: torch.dtype) -> Tensor:
+        """The scale as a tensor on the CPU: half the time of a number for a small gradient, and nobody waits for it."""
+        if dtype not in self._factors:
+            wide = torch.promote_types(dtype, torch.float32)
+            self._factors[dtype] = torch.tensor(self._scale, dtype=wide)
+        return self._factors[dtype]
 
     def _like(self, index: int, grad: Tensor) -> Tensor:
         """The parameter, over whose layout y can be written, as gradients of convolutions have another one."""
