@@ -85,7 +85,9 @@ def test_what_is_launched_is_what_it_is_called(repository: Path, tmp_path: Path,
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("name", "environment"), [("fsdp2", {}), ("zero2", {"ACCELERATE_USE_CPU": "true"})], ids=["fsdp2", "zero2"]
+    ("name", "environment"),
+    [("fsdp2", {}), pytest.param("zero2", {"ACCELERATE_USE_CPU": "true"}, marks=pytest.mark.matrix)],
+    ids=["fsdp2", "zero2"],
 )
 def test_on_a_cpu_the_stock_trainer_falls_back_to_ddp_as_doctor_says(
     repository: Path, tmp_path: Path, name: str, environment: dict[str, str]
