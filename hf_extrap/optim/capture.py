@@ -53,21 +53,18 @@ class GradientCapture:
     def _listen(self, param: Tensor, index: int) -> RemovableHandle:
         return param.register_hook(_hook(weakref.ref(self), index))
 
-    def into(
-        self, buffers: list[Tensor | None] | None, filled: set[int], scale: float, dtype: torch.dtype | None
-    ) -> None:
+    def into(self, buffers: list[Tensor | None], filled: set[int], scale: float, dtype: torch.dtype | None) -> None:
         """Choose where gradients go from now on.
 
         Args:
-            buffers: one a parameter, None where there is none yet; None for nowhere.
+            buffers: one a parameter, None where there is none yet.
             filled: the indices of buffers that hold something already, which is added to; changed in place.
             scale: a gradient is multiplied by it, which takes out the loss scale.
             dtype: of new buffers; None for the gradient's own.
         """
         self._into, self._filled, self._scale, self._dtype = buffers, filled, scale, dtype
         self._factors.clear()
-        if buffers is not None:
-            self._lay_out(buffers)
+        self._lay_out(buffers)
 
     def _lay_out(self, buffers: list[Tensor | None]) -> None:
         """Put spare memory where there is none: amid a pass that would take three times as long."""

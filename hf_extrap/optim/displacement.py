@@ -27,11 +27,10 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
     """The Euclidean norm of each tensor, as a tensor with one element for each, in at least float32, and float64 where
     any of them, or of `like`, is."""
     wide = torch.float64 if torch.float64 in {t.dtype for t in (*tensors, *like)} else torch.float32
-    large = [i for i, t in enumerate(tensors) if t.numel() >= _LARGE and t.dtype == wide and _is_plain_vector(t)]
-    taken = set(large)
-    rest = [t for i, t in enumerate(tensors) if i not in taken] if large else list(tensors)
+    large = {i for i, t in enumerate(tensors) if t.numel() >= _LARGE and t.dtype == wide and _is_plain_vector(t)}
+    rest = [t for i, t in enumerate(tensors) if i not in large]
     found = iter(torch._foreach_norm(rest, dtype=wide) if rest else ())
-    each = [_by_dot(t) if i in taken else next(found) for i, t in enumerate(tensors)] if large else list(found)
+    each = [_by_dot(t) if i in large else next(found) for i, t in enumerate(tensors)]
     if len({n.device for n in each}) > 1:
         each = [n.to(each[0].device) for n in each]
     return whole(torch.stack(each))

@@ -71,9 +71,7 @@ class ReplicaCapture(ShardCapture):
         """Whether anyone asks for the gradients that come now."""
         return self.listening and (self._into is not None or self.pass_squares is not None)
 
-    def into(
-        self, buffers: list[Tensor | None] | None, filled: set[int], scale: float, dtype: torch.dtype | None
-    ) -> None:
+    def into(self, buffers: list[Tensor | None], filled: set[int], scale: float, dtype: torch.dtype | None) -> None:
         """See `GradientCapture.into`.
 
         Raises:
