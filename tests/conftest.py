@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 _CACHE = tempfile.mkdtemp(prefix="hf_extrap_tests_")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 # Before anything imports transformers or datasets, which read these once.
@@ -25,10 +26,11 @@ os.environ.update(
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
-    PYTHONPATH=os.pathsep.join(filter(None, [str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH")])),
+    # For the programs that tests start.
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [str(REPOSITORY / "tests" / "startup"), str(REPOSITORY), os.environ.get("PYTHONPATH")])
+    ),
 )
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def test_accelerate_launch_starts_two_processes(launch: Launch, tiny_translation
     words = ("train", tiny_translation, "--extrap", "extrap-past", "--output_dir", tmp_path / "run")
     config = ("--config_file", "configs/accelerate/two_process_cpu.yaml", "--main_process_port", "0")
     launch("-m", "accelerate.commands.launch", *config, "-m", "hf_extrap", *words)
-    from hf_extrap.results import RunFolder
+    from hf_extrap.recipes.run_folder import RunFolder
 
     metrics = RunFolder(tmp_path / "run").read_metrics()
     assert (metrics["world_size"], metrics["ranks_identical"], metrics["preset"]) == (2, True, "extrap-past")

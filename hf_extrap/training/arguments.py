@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_extrap.optim.config import Batch, Direction, DirectionDevice, DirectionDtype, ExtrapConfig, Scaling, Scope
 
-from .base_optimizers import base_optimizer
+from .optimizers import base_optimizer
 
 if TYPE_CHECKING:
     Base = TrainingArguments

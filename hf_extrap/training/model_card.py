@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from hf_extrap.figures import spoken
 from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.recipes.figures import spoken
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -170,7 +170,7 @@ def _loading(model: PreTrainedModel) -> str:
         auto, processor, made = "AutoModelForImageClassification", "AutoImageProcessor", "processor"
     lines = [f"from transformers import {auto}, {processor}", ""]
     if type(model).__module__.startswith("hf_extrap."):
-        lines.insert(0, "import hf_extrap.models  # registers the architecture")
+        lines.insert(0, "import hf_extrap.recipes.models  # registers the architecture")
     lines += [f'model = {auto}.from_pretrained("PATH")', f'{made} = {processor}.from_pretrained("PATH")']
     return "\n".join(lines)
 

@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hf_extrap.training.curvature.lanczos import largest_eigenpair
+from hf_extrap.training.curvature.mean_loss import BatchNorm, CurvatureError, Differentiation, MeanLoss
+from hf_extrap.training.curvature.preconditioner import adam_preconditioner, preconditioned
+
 from .carried_state import State
-from .curvature import BatchNorm, CurvatureError, Differentiation, MeanLoss
-from .lanczos import largest_eigenpair
-from .preconditioner import adam_preconditioner, preconditioned
 from .reporting import EVALUATION, ReportingMixin
 
 logger = logging.getLogger(__name__)

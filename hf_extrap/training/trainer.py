@@ -23,11 +23,11 @@ from hf_extrap.optim.local_sgd import LocalSGD
 
 from .arguments import ExtrapArguments
 from .base import refuse
-from .base_optimizers import base_optimizer
 from .batch_norm import BatchNormMixin
 from .batched_workers import BatchedWorkersMixin, first_rows
 from .carried_state import CarriedState
 from .local_sgd import LocalSGDMixin
+from .optimizers import base_optimizer
 from .reporting import EVALUATION
 from .resuming import ResumingMixin
 from .scaling import scaled_learning_rate_factor, step_decay

@@ -1,6 +1,5 @@
 """Make what several test folders share importable, and launch the scripts of this one."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "optim"), str(HERE)]
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("optim", "training")]
-
-from ddp_problem import EXACT, HOOKED, Branching, Job, run_loop  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
-from plain_loop import BASES  # noqa: E402
-
-from hf_extrap.optim.extrapolated import Extrapolated  # noqa: E402
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.ddp_problem import EXACT, HOOKED, Branching, Job, run_loop
+from tests.support.leaving import save_and_leave
+from tests.support.plain_loop import BASES
 
 
 def communication_hook(name: str) -> tuple[Any, Callable[..., Any]]:

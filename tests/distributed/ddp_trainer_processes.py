@@ -10,12 +10,9 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from leaving import save_and_leave  # noqa: E402
-from tiny_trainer import Sentences, arguments, gpt2, weights  # noqa: E402
-
-from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments  # noqa: E402
+from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
+from tests.support.leaving import save_and_leave
+from tests.support.tiny_trainer import Sentences, arguments, gpt2, weights
 
 COMMON: dict[str, Any] = {"max_grad_norm": 0.5, "sgd_momentum": 0.9, "sgd_nesterov": True}
 PRESETS = ["none", "extrap", "extrap-past", "extragradient", "optimistic", "past-update"]

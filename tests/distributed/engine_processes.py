@@ -13,17 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("optim", "training")]
+from tests.support import cpu_deepspeed  # noqa: F401
 
-import cpu_deepspeed  # noqa: E402, F401
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from engine_builders import build  # noqa: E402
-from engine_exports import BF16, exports, forgotten_connect, in_bfloat16, offloaded, overflow  # noqa: E402
-from engine_problem import CELLS, Cell, train  # noqa: E402
-from engine_resume import RESUMED, resume  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
+# isort: split
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from tests.support.engine_builders import build
+from tests.support.engine_exports import BF16, exports, forgotten_connect, in_bfloat16, offloaded, overflow
+from tests.support.engine_problem import CELLS, Cell, train
+from tests.support.engine_resume import RESUMED, resume
+from tests.support.leaving import save_and_leave
 
 
 def run_if_possible(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -9,18 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.support import cpu_deepspeed  # noqa: F401
+
+# isort: split
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import cpu_deepspeed  # noqa: E402, F401
-import deepspeed  # noqa: E402
-from deepspeed.accelerator import get_accelerator  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
-
-from hf_extrap import ExtrapConfig, Extrapolated  # noqa: E402
+from hf_extrap import ExtrapConfig, Extrapolated
+from tests.support.leaving import save_and_leave
 
 STEPS = 12
 GLOBAL = ["none", "extragradient", "optimistic", "past-update"]

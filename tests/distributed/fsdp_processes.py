@@ -11,13 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("optim", "training")]
-
-from fsdp_problem import SCHEMES, Job, Network, batch_of_process, local, run_loop, train, what_ran  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
-from plain_loop import BASES  # noqa: E402
-
-from hf_extrap.optim.extrapolated import Extrapolated  # noqa: E402
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.fsdp_problem import SCHEMES, Job, Network, batch_of_process, local, run_loop, train, what_ran
+from tests.support.leaving import save_and_leave
+from tests.support.plain_loop import BASES
 
 JOBS = [
     *(Job(scheme, "adamw") for scheme in ("none", "extragradient", "optimistic", "past-update", "gaussian, shared")),

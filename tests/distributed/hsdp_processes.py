@@ -11,14 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("optim", "training")]
-
-from fsdp_problem import SCHEMES, Job, Network, batch_of_process, local, train, what_ran  # noqa: E402
-from hsdp_problem import JOBS  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
-from plain_loop import BASES  # noqa: E402
-
-from hf_extrap.optim.extrapolated import Extrapolated  # noqa: E402
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.fsdp_problem import SCHEMES, Job, Network, batch_of_process, local, train, what_ran
+from tests.support.hsdp_problem import JOBS
+from tests.support.leaving import save_and_leave
+from tests.support.plain_loop import BASES
 
 
 def sharded(mesh: DeviceMesh) -> Network:

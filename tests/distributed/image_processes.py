@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from leaving import save_and_leave  # noqa: E402
-from tiny_images import buffers, train_images  # noqa: E402
-from tiny_trainer import weights  # noqa: E402
+from tests.support.leaving import save_and_leave
+from tests.support.tiny_images import buffers, train_images
+from tests.support.tiny_trainer import weights
 
 CELLS: dict[str, dict[str, Any]] = {
     f"{preset}, {count}": {"extrap": preset, "recalibrate_batch_norm": count}

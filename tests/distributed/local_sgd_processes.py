@@ -9,12 +9,9 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from leaving import save_and_leave  # noqa: E402
-from tiny_trainer import gpt2, train, weights  # noqa: E402
-
-from hf_extrap.training.recording import replicas_agree  # noqa: E402
+from hf_extrap.recipes.recording import replicas_agree
+from tests.support.leaving import save_and_leave
+from tests.support.tiny_trainer import gpt2, train, weights
 
 COMMON: dict[str, Any] = {
     "train_sampling_strategy": "sequential",

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.training.leaving import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap import ExtrapConfig, Extrapolated
-from hf_extrap.scale.counting import CollectiveCounter
-from tests.training.leaving import leave
+from hf_extrap.lab.scale.counting import CollectiveCounter
 
 PARAMETERS = 92
 PRESETS = {
@@ -45,8 +45,9 @@ def make(engine: str, preset: str) -> tuple[Any, Any, Extrapolated]:
     if not engine.startswith("zero") or engine == "zero3":
         optimizer.connect(model)
         return model, optimizer, optimizer
-    import cpu_deepspeed  # noqa: F401
     import deepspeed
+
+    from tests.support import cpu_deepspeed  # noqa: F401
 
     settings = {
         "train_micro_batch_size_per_gpu": 4,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_loop import BASES, Run, assert_same_run, distance, identical, warm_up_and_decay
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from ddp_problem import EXACT, HOOKED, Branching, Job, loss_of_micro_batch, textbook  # noqa: E402
-
-from hf_extrap.optim.reference import scaled  # noqa: E402
+from hf_extrap.optim.reference import scaled
+from tests.support.ddp_problem import EXACT, HOOKED, Branching, Job, loss_of_micro_batch, textbook
+from tests.support.plain_loop import BASES, Run, assert_same_run, distance, identical, warm_up_and_decay
 
 pytestmark = pytest.mark.distributed
 

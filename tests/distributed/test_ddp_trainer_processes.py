@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
-
-from ddp_trainer_processes import CELLS, COMMON, PRESETS  # noqa: E402
-from tiny_trainer import gpt2  # noqa: E402
-
-from hf_extrap.optim.config import ExtrapConfig  # noqa: E402
-from hf_extrap.optim.reference import Loss, extrapolate  # noqa: E402
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.reference import Loss, extrapolate
+from tests.distributed.ddp_trainer_processes import CELLS, COMMON, PRESETS
+from tests.support.tiny_trainer import gpt2
 
 pytestmark = pytest.mark.distributed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-sys.path.insert(0, str(Path(__file__).parent))
 
-import engine_problem  # noqa: E402
-from engine_problem import CELLS, ENGINES, SHARDED, STEPS, Cell  # noqa: E402
+from tests.support import engine_problem
+from tests.support.engine_problem import CELLS, ENGINES, SHARDED, STEPS, Cell
 
 pytestmark = pytest.mark.distributed
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-from fp16_processes import FITS, OVERFLOWS, PRESETS, STEPS, base, batch, config_of, make_model  # noqa: E402
-
-from hf_extrap import Extrapolated  # noqa: E402
+from hf_extrap import Extrapolated
+from tests.distributed.fp16_processes import FITS, OVERFLOWS, PRESETS, STEPS, base, batch, config_of, make_model
 
 pytestmark = pytest.mark.distributed
 

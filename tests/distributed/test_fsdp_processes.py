@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_loop import Run, assert_same_run, distance, identical
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fsdp_problem import STEPS, Job, Network, batch_of_worker, joined, train  # noqa: E402
-from fsdp_processes import JOBS  # noqa: E402
+from tests.distributed.fsdp_processes import JOBS
+from tests.support.fsdp_problem import STEPS, Job, Network, batch_of_worker, joined, train
+from tests.support.plain_loop import Run, assert_same_run, distance, identical
 
 pytestmark = pytest.mark.distributed
 

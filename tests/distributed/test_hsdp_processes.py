@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_loop import BASES, Run, assert_same_run, distance, identical
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fsdp_problem import SCHEMES, STEPS, Job, Network, batch_of_worker, joined  # noqa: E402
-from hsdp_problem import JOBS, in_one_process  # noqa: E402
-
-from hf_extrap.optim.extrapolated import Extrapolated  # noqa: E402
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.fsdp_problem import SCHEMES, STEPS, Job, Network, batch_of_worker, joined
+from tests.support.hsdp_problem import JOBS, in_one_process
+from tests.support.plain_loop import BASES, Run, assert_same_run, distance, identical
 
 pytestmark = pytest.mark.distributed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
-
-from image_processes import CELLS, COMMON  # noqa: E402
-from tiny_images import train_images  # noqa: E402
-from tiny_trainer import weights  # noqa: E402
+from tests.distributed.image_processes import CELLS, COMMON
+from tests.support.tiny_images import train_images
+from tests.support.tiny_trainer import weights
 
 pytestmark = pytest.mark.distributed
 

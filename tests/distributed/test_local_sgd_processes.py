@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
-
-from local_sgd_processes import CELLS, COMMON  # noqa: E402
-from tiny_trainer import train, weights  # noqa: E402
+from tests.distributed.local_sgd_processes import CELLS, COMMON
+from tests.support.tiny_trainer import train, weights
 
 pytestmark = pytest.mark.distributed
 

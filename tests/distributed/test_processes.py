@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain_loop import (
+
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import Trajectory
+from tests.support.plain_loop import (
     BASES,
     Run,
     assert_same_run,
@@ -19,10 +22,7 @@ from plain_loop import (
     sgd,
     warm_up_and_decay,
 )
-from processes import ACCUMULATED, JOBS, JOBS_OF_TWO, NOISE, Job, launch
-
-from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.reference import Trajectory
+from tests.support.processes import ACCUMULATED, JOBS, JOBS_OF_TWO, NOISE, Job, launch
 
 pytestmark = pytest.mark.distributed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from transformers import GPT2LMHeadModel
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from tiny_trainer import train, weights  # noqa: E402
-from trainer_engine_processes import COMMON, PRESETS, RESUMED  # noqa: E402
+from tests.distributed.trainer_engine_processes import COMMON, PRESETS, RESUMED
+from tests.support.tiny_trainer import train, weights
 
 pytestmark = pytest.mark.distributed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from tiny_trainer import marian, train, weights  # noqa: E402
-from trainer_processes import COMMON, EQUIVALENT, MEASURED, SAVING  # noqa: E402
+from tests.distributed.trainer_processes import COMMON, EQUIVALENT, MEASURED, SAVING
+from tests.support.tiny_trainer import marian, train, weights
 
 pytestmark = pytest.mark.distributed
 

@@ -6,21 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+from tests.support import cpu_deepspeed  # noqa: F401
+
+# isort: split
+import deepspeed
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import cpu_deepspeed  # noqa: E402, F401
-import deepspeed  # noqa: E402
-from fsdp_on_cpu import force_fsdp  # noqa: E402
-from kept_warnings import Warnings  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
-from tiny_trainer import gpt2, make, train  # noqa: E402
-from trainer_processes import COMMON  # noqa: E402
+from tests.distributed.trainer_processes import COMMON
+from tests.support.fsdp_on_cpu import force_fsdp
+from tests.support.kept_warnings import Warnings
+from tests.support.leaving import save_and_leave
+from tests.support.tiny_trainer import gpt2, make, train
 
 GLOBAL = ["none", "extragradient", "optimistic", "past-update"]
 PRESETS = {

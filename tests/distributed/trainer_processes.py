@@ -9,13 +9,10 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from kept_warnings import Warnings  # noqa: E402
-from leaving import save_and_leave  # noqa: E402
-from tiny_trainer import gpt2, make, marian, train, weights  # noqa: E402
-
-from hf_extrap import PRESETS  # noqa: E402
+from hf_extrap import PRESETS
+from tests.support.kept_warnings import Warnings
+from tests.support.leaving import save_and_leave
+from tests.support.tiny_trainer import gpt2, make, marian, train, weights
 
 COMMON: dict[str, Any] = {
     "train_sampling_strategy": "sequential",

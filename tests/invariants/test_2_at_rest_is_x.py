@@ -6,11 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plain_loop import CELLS, PRESETS, distance, identical, make_batch, make_model, run_plain_loop, sgd, values
 from torch import nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import (
+    CELLS,
+    PRESETS,
+    distance,
+    identical,
+    make_batch,
+    make_model,
+    run_plain_loop,
+    sgd,
+    values,
+)
 
 
 def warm(preset: str, **overrides: object) -> tuple[nn.Module, Extrapolated, ExtrapConfig]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plain_loop import distance, identical
-from processes import JOBS, Job, launch
+
+from tests.support.plain_loop import distance, identical
+from tests.support.processes import JOBS, Job, launch
 
 LOCAL = ["extrap", "extrap-past", "extrap-past-auto", "asam", "smoothout"]
 GLOBAL = ["extragradient", "optimistic-auto", "past-update", "gaussian-global"]

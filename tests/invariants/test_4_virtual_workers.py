@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_loop import CELLS, STEPS, assert_same_run, distance, run_reference, run_virtual_workers
+
+from tests.support.plain_loop import CELLS, STEPS, assert_same_run, distance, run_reference, run_virtual_workers
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plain_loop import BASES, distance, identical, make_batch, make_model, run_plain_loop, values
 from torch import Tensor, nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import extrapolate
+from tests.support.plain_loop import BASES, distance, identical, make_batch, make_model, run_plain_loop, values
 
 PAST = ["extrap-past", "optimistic", "past-update"]
 OTHERS = ["extrap", "extragradient", "gaussian", "smoothout", "sam", "asam"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from plain_loop import (
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import (
     BASES,
     CELLS,
     Run,
@@ -21,9 +23,6 @@ from plain_loop import (
     values,
     warm_up_and_decay,
 )
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
 
 RESUMED = {
     **{name: cell.config for name, cell in CELLS.items()},
@@ -98,16 +97,13 @@ def test_resumes_bit_for_bit_in_a_new_process(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from test_7_resume import RESUMED, go_on\n"
+        "from tests.invariants.test_7_resume import RESUMED, go_on\n"
         "folder = Path(sys.argv[1])\n"
         "for name in sys.argv[2:]:\n"
         "    run = go_on(folder / f'{name}.pt', RESUMED[name], 'adamw', 2, 4, 5)\n"
         "    torch.save(run.x[-1], folder / f'{name}.end.pt')\n"
     )
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, [tests.parent, tests / "optim", tests / "invariants"]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script, tmp_path, *names], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, tmp_path, *names], check=True, timeout=120)
     for name in names:
         whole = never_stopped(RESUMED[name], "adamw", 2, 9)
         assert identical(torch.load(tmp_path / f"{name}.end.pt", weights_only=True), whole.x[-1])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_loop import distance, identical, make_batch, make_model, run_plain_loop, sgd, values
 from torch import Tensor, nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import distance, identical, make_batch, make_model, run_plain_loop, sgd, values
 
 SCHEMES = {
     "extrap": ExtrapConfig.preset("extrap", scaling="none", step_size=0.5),

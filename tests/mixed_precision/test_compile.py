@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import PRESETS, assert_displacements, assert_gradient_at
-from modes import MODES, train
-from plain_loop import assert_same_run, make_model, run_plain_loop
-from plain_loop import sgd as two_rates
 from torch import nn
 from torch._dynamo.utils import counters
 
 from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.measuring import PRESETS, assert_displacements, assert_gradient_at
+from tests.support.modes import MODES, train
+from tests.support.plain_loop import assert_same_run, make_model, run_plain_loop
+from tests.support.plain_loop import sgd as two_rates
 
 
 class Compiled:

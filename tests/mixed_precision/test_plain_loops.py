@@ -6,9 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from measuring import PRESETS, SHORT, assert_displacements, assert_gradient_at
-from modes import MODES, Trained, train
-from tiny_trainer import gpt2
+
+from tests.support.measuring import PRESETS, SHORT, assert_displacements, assert_gradient_at
+from tests.support.modes import MODES, Trained, train
+from tests.support.tiny_trainer import gpt2
 
 RUNS = [(mode, preset) for mode in MODES for preset in PRESETS]
 IDS = [f"{mode}, {preset}" for mode, preset in RUNS]

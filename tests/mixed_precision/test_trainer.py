@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from measuring import PRESETS, assert_displacements, assert_gradient_at
-from modes import BATCH, in_bf16, unchanged, with_adapters
-from tiny_trainer import Sentences, arguments, gpt2
 from torch import Tensor
-from watched_trainer import WatchedTrainer
 
 from hf_extrap import ExtrapTrainingArguments
+from tests.support.measuring import PRESETS, assert_displacements, assert_gradient_at
+from tests.support.modes import BATCH, in_bf16, unchanged, with_adapters
+from tests.support.tiny_trainer import Sentences, arguments, gpt2
+from tests.support.watched_trainer import WatchedTrainer
 
 STEPS = 8
 FIELDS: dict[str, dict[str, Any]] = {

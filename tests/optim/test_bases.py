@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
-from plain_loop import (
+from torch import Tensor, nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import extrapolate
+from tests.support.plain_loop import (
     Cell,
     assert_same_run,
     distance,
@@ -19,11 +24,6 @@ from plain_loop import (
     values,
     worker_losses,
 )
-from torch import Tensor, nn
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.reference import extrapolate
 
 
 class Lion(torch.optim.Optimizer):

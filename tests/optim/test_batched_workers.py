@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from plain_loop import (
+from torch import Tensor, nn
+from transformers import MarianConfig, MarianMTModel
+
+from hf_extrap.optim.batch_norm import running_statistics_kept
+from hf_extrap.optim.batched_workers import BatchedWorkers
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.recipes.models import (
+    ExtrapLstmConfig,
+    ExtrapLstmForCausalLM,
+    ExtrapResNetConfig,
+    ExtrapResNetForImageClassification,
+)
+from tests.support.plain_loop import (
     BASES,
     CELLS,
     STEPS,
@@ -20,19 +33,6 @@ from plain_loop import (
     values,
     warm_up_and_decay,
 )
-from torch import Tensor, nn
-from transformers import MarianConfig, MarianMTModel
-
-from hf_extrap.models import (
-    ExtrapLstmConfig,
-    ExtrapLstmForCausalLM,
-    ExtrapResNetConfig,
-    ExtrapResNetForImageClassification,
-)
-from hf_extrap.optim.batch_norm import running_statistics_kept
-from hf_extrap.optim.batched_workers import BatchedWorkers
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
 
 WORKERS = 3
 NOISE = {name: Cell(ExtrapConfig.preset(name)) for name in ("gaussian", "smoothout")}

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from late_transfers import LateTransfers, Watch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -19,6 +18,7 @@ from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.batched_workers import BatchedWorkers
 from hf_extrap.optim.host_store import HostStore
 from hf_extrap.optim.memory import DirectionMemory
+from tests.support.late_transfers import LateTransfers, Watch
 
 WORKERS = 3
 TENSORS = 4

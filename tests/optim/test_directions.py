@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from plain_loop import distance, identical
 from torch import Tensor
 
 from hf_extrap.optim import displacement
@@ -14,6 +13,7 @@ from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.directions import noise
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import scaled
+from tests.support.plain_loop import distance, identical
 
 SCALINGS = ["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
 

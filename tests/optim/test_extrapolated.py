@@ -8,7 +8,11 @@ import pickle
 
 import pytest
 import torch
-from plain_loop import (
+from torch import Tensor, nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import (
     PRESETS,
     assert_same_run,
     distance,
@@ -19,10 +23,6 @@ from plain_loop import (
     sgd,
     values,
 )
-from torch import Tensor, nn
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
 
 
 def warm(preset: str, *, workers: int = 1, **fields: object) -> tuple[nn.Module, Extrapolated, ExtrapConfig]:

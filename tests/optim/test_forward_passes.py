@@ -6,7 +6,11 @@ import copy
 
 import pytest
 import torch
-from plain_loop import (
+from torch import Tensor, nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import (
     BASES,
     CELLS,
     assert_same_run,
@@ -16,10 +20,6 @@ from plain_loop import (
     run_plain_loop,
     sgd,
 )
-from torch import Tensor, nn
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
 
 
 class Dropping(nn.Module):

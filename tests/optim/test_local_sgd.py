@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from plain_loop import loss_at, make_model
-from test_bases import Lion, Overwriting, two_groups
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
+from tests.optim.test_bases import Lion, Overwriting, two_groups
+from tests.support.plain_loop import loss_at, make_model
 
 Base = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 

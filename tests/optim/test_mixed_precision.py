@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_loop import (
+from torch import nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import (
     distance,
     loss_at,
     make_batch,
@@ -12,10 +16,6 @@ from plain_loop import (
     sgd,
     values,
 )
-from torch import nn
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
 
 
 def test_an_overflow_with_unscaling_and_clipping_between() -> None:

@@ -6,7 +6,12 @@ import copy
 
 import pytest
 import torch
-from plain_loop import (
+from torch import Tensor, nn
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import extrapolate
+from tests.support.plain_loop import (
     BASES,
     CELLS,
     PRESETS,
@@ -18,11 +23,6 @@ from plain_loop import (
     sgd,
     values,
 )
-from torch import Tensor, nn
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.reference import extrapolate
 
 
 class TwoHeads(nn.Module):

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_loop import Cell, assert_same_run, distance, make_model, run_plain_loop, run_reference, run_virtual_workers
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.preconditioner import adam_preconditioner
+from tests.support.plain_loop import (
+    Cell,
+    assert_same_run,
+    distance,
+    make_model,
+    run_plain_loop,
+    run_reference,
+    run_virtual_workers,
+)
 
 SCHEMES = {
     "extrap": ExtrapConfig.preset("extrap", step_ratio=0.5, precondition=True),

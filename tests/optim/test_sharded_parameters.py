@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from plain_loop import take_step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_extrap import ExtrapConfig, Extrapolated
+from tests.support.plain_loop import take_step
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from plain_loop import identical, values
 from torch import nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.displacement import stochastic_round
 from hf_extrap.optim.extrapolated import Extrapolated
+from tests.support.plain_loop import identical, values
 
 N = 1 << 16
 ULP = 2.0**-7  # of bfloat16 in [1, 2)

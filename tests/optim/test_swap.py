@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_loop import PRESETS, adamw, distance, identical, make_batch, make_model, run_plain_loop, sgd, values
 from torch import Tensor, nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.spares import owns_memory
+from tests.support.plain_loop import (
+    PRESETS,
+    adamw,
+    distance,
+    identical,
+    make_batch,
+    make_model,
+    run_plain_loop,
+    sgd,
+    values,
+)
 
 WORKERS = 3
 

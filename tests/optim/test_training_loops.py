@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from plain_loop import (
+from torch import nn
+from torch.optim import lr_scheduler
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.reference import extrapolate
+from tests.support.plain_loop import (
     CELLS,
     PRESETS,
     Cell,
@@ -28,12 +34,6 @@ from plain_loop import (
     warm_up_and_decay,
     worker_losses,
 )
-from torch import nn
-from torch.optim import lr_scheduler
-
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.reference import extrapolate
 
 # State dicts
 

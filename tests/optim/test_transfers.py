@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from plain_loop import make_batch, make_model
 from torch import nn
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.transfers import Transfers
+from tests.support.plain_loop import make_batch, make_model
 
 WORKERS = 3
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which copies while it computes")

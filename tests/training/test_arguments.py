@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_trainer import arguments
 from transformers import HfArgumentParser
 
 from hf_extrap import ExtrapConfig, ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments
+from tests.support.tiny_trainer import arguments
 
 
 def parse(words: str, folder: Path) -> ExtrapTrainingArguments:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_images import buffers, train_images
 from torch import Tensor
 
 from hf_extrap.training.arguments import ExtrapTrainingArguments
+from tests.support.tiny_images import buffers, train_images
 
 
 @pytest.mark.parametrize("preset", ["none", "extrap-past", "extrap", "extragradient"])

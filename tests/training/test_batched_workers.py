@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_images import buffers, train_images
-from tiny_trainer import arguments, gpt2, make, train, weights
 
 from hf_extrap import ExtrapTrainer
-from hf_extrap.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
-from hf_extrap.tasks import get_task
-from hf_extrap.tasks.image_classification import ImageClassificationArguments
+from hf_extrap.recipes import get_task
+from hf_extrap.recipes.image_classification.task import ImageClassificationArguments
+from hf_extrap.recipes.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
+from tests.support.tiny_images import buffers, train_images
+from tests.support.tiny_trainer import arguments, gpt2, make, train, weights
 
 
 def rows(trainer: ExtrapTrainer) -> list[dict[str, float]]:

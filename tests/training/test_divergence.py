@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from hf_extrap.cli import main
-from hf_extrap.results import RunFolder
+from hf_extrap.recipes.run_folder import RunFolder
 from hf_extrap.training.arguments import ExtrapTrainingArguments
 from hf_extrap.training.divergence import DivergenceStopper
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_images import train_images
-from tiny_trainer import Sentences, arguments, gpt2, make, train, weights
 from torch.nn.utils import clip_grad_norm_
 from transformers import TrainerCallback
 
 from hf_extrap import ExtrapTrainer
 from hf_extrap.training.model_card import optimizer_name
+from tests.support.tiny_images import train_images
+from tests.support.tiny_trainer import Sentences, arguments, gpt2, make, train, weights
 
 COMMON: dict[str, Any] = {
     "train_sampling_strategy": "sequential",

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_trainer import train
 
 from hf_extrap.training.scaling import scaled_learning_rate_factor, step_decay
+from tests.support.tiny_trainer import train
 
 
 @pytest.mark.parametrize("rule, factor", [("none", 1.0), ("linear", 8.0), ("sqrt", math.sqrt(8))])

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trainer import gpt2, make, train, weights
 from transformers import Trainer, TrainerCallback
 
-from hf_extrap.configuration import resolve
-from hf_extrap.results import RunFolder
-from hf_extrap.run import run
-from hf_extrap.training.lanczos import largest_eigenpair
+from hf_extrap.recipes.configuration import resolve
+from hf_extrap.recipes.run import run
+from hf_extrap.recipes.run_folder import RunFolder
+from hf_extrap.training.curvature.lanczos import largest_eigenpair
+from tests.support.tiny_trainer import gpt2, make, train, weights
 
 EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
 SHARPNESS, PRECONDITIONED = "extrap/sharpness", "extrap/preconditioned_sharpness"

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trainer import VOCABULARY, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from hf_extrap import PRESETS, ExtrapTrainer
-from hf_extrap.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
+from hf_extrap.recipes.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
+from tests.support.tiny_trainer import VOCABULARY, train
 
 #: Operations whose result the host waits for: `item`, `bool` and `float` of a tensor, and those of unknown size.
 WAITS = {"aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select", "aten.is_nonzero"}

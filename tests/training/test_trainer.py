@@ -13,10 +13,10 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_extrap import PRESETS, ExtrapConfig, Extrapolated, ExtrapTrainer
+from tests.support.tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
 
 MOMENTUM = {"sgd_momentum": 0.9, "sgd_nesterov": True}
 

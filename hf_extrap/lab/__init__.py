@@ -1,0 +1,1 @@
+"""What measures: studies, comparison, benchmarks, sharpness and the cost at scale. Only the program imports it."""

@@ -1,0 +1,230 @@
+"""`hf-extrap bench`: every method on every workload that fits, what is done kept, one JSON and one table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from hf_extrap.lab.bench import processes, trainers
+from hf_extrap.recipes.run_folder import read_json, write_json
+
+from .floor import BASES, copy_bandwidth, floor_of, moved
+from .memory import peak_bytes
+from .methods import CONFIGS, EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
+from .report import write_report
+from .timing import WARM_UPS, interleaved
+from .workloads import WORKLOADS, Made, Workload, precision_of
+
+
+class Loop(NamedTuple):
+    """A benchmark with methods of its own.
+
+    Attributes:
+        run: measures one of the groups in so many rounds, and begins nothing after a time of `time.monotonic`.
+        groups: methods that are interleaved with each other.
+    """
+
+    run: Callable[[Sequence[str], int, float], dict[str, Any]]
+    groups: Sequence[Sequence[str]]
+
+
+LOOPS = {"trainer": Loop(trainers.run, trainers.GROUPS), "processes": Loop(processes.run, processes.GROUPS)}
+"""What is measured by a loop of its own, with methods of its own."""
+
+PARTS = {
+    "cpu": (
+        *("lstm", "translation", "resnet", "trainer", "processes"),
+        *("flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
+    ),
+    "gpu": ("gpt2", "lstm", "translation", "resnet", "trainer", "flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
+}
+"""Workloads by part: what fits two cores in about ten minutes, and what a GPU is for."""
+
+
+def bench(
+    workloads: Sequence[str],
+    methods: Sequence[str],
+    rounds: int = 20,
+    minutes: float | None = None,
+    output_dir: str = "runs/bench",
+    device: str | None = None,
+) -> None:
+    """Measure what is not in `output_dir` yet, and write `bench.json`, `bench.md` and `bench.png` there.
+
+    Args:
+        workloads: names in `WORKLOADS` and `LOOPS`.
+        methods: names in `METHODS`; `base` is always among them.
+        rounds: interleaved steps of each method.
+        minutes: begin no step after so many. What is under way keeps its rounds where they are `FEWEST` or more, and
+            is begun anew by the next call where they are fewer.
+        output_dir: folder to write to, and to go on from.
+        device: `cpu` or `cuda`; default: the GPU if there is one.
+
+    Raises:
+        ValueError: for an unknown name, two processes that fail, or a folder that holds figures of another machine,
+            version or precision.
+    """
+    for kind, names, known in (("workload", workloads, (*WORKLOADS, *LOOPS)), ("method", methods, METHODS)):
+        if wrong := [name for name in names if name not in known]:
+            raise ValueError(f"{kind} is {wrong[0]!r}; allowed: {', '.join(known)}.")
+    if rounds < 2:
+        raise ValueError(f"rounds is {rounds}; allowed: a whole number >= 2.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder, end = Path(output_dir), time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
+    content = _begin(folder / "bench.json", place)
+    methods = ["base", *(name for name in methods if name != "base")]
+    then = "give it more minutes"
+    for name in workloads:
+        found = content["results"].setdefault(name, {})
+        # What was skipped may be possible by now: a peer installed, memory freed.
+        todo = [m for m in methods if "step" not in found.get(m, {})]
+        loop = LOOPS.get(name)
+        for group in _groups(WORKLOADS[name], todo) if loop is None else _unfinished(loop, found):
+            measured: dict[str, Any] = {}
+            if time.monotonic() < end:
+                run = loop.run if loop else partial(_measure, name, place)
+                measured = run(group, rounds, end)
+            if not measured:
+                _write(folder, content)
+                print(f"Time is up before {name} is done; {then}.")
+                return
+            found |= {m: row for m, row in measured.items() if "step" not in found.get(m, {})}
+            then = "the same command goes on from here"
+            _write(folder, content)
+    _write(folder, content)
+    print((folder / "bench.md").read_text(encoding="utf-8"))
+
+
+def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
+    """The workloads of a part; without one, of the device."""
+    part = part or ("gpu" if (device or "cpu") != "cpu" or torch.cuda.is_available() else "cpu")
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}; allowed: {', '.join(PARTS)}.")
+    return PARTS[part]
+
+
+def _groups(workload: Workload, methods: Sequence[str]) -> list[list[str]]:
+    """Methods that are interleaved with each other: all, or each with the base where memory is short."""
+    others = [m for m in methods if m != "base"]
+    if not workload.bytes_each or not others:
+        return [["base", *others]] if methods else []
+    return [["base", m] for m in others]
+
+
+def _unfinished(loop: Loop, found: dict[str, Any]) -> list[Sequence[str]]:
+    return [group for group in loop.groups if not set(group) <= set(found)]
+
+
+def _measure(name: str, device: torch.device, methods: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+    """A row of each method; none where time ended too early."""
+    workload = WORKLOADS[name]
+    if reason := _too_large(workload, device, len(methods)):
+        return {method: {"skipped": reason} for method in methods}
+    rows: dict[str, Any] = {}
+    peaks = {}
+    for method in methods:
+        if time.monotonic() >= end:
+            return {}
+        try:
+            peaks[method] = peak_bytes(device, partial(_three_steps, method, workload, device))
+        except NotInstalled as missing:
+            rows[method] = {"skipped": str(missing)}
+    steps = {method: make(method, Made(workload, device))[0] for method in peaks}
+    with tqdm(total=WARM_UPS + rounds, desc=f"{name}: {', '.join(steps)}"[:60], unit="round") as bar:
+        seconds = interleaved(steps, rounds, bar.update, lambda: time.monotonic() >= end)
+    if not seconds:
+        return {}
+    del steps
+    base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
+    for method, found in seconds.items():
+        rows[method] = {
+            **found,
+            "base_step": base["step"],
+            "base_optimizer": base["optimizer"],
+            "parameters": sum(sizes),
+            "tensors": len(sizes),
+            "peak_bytes": peaks[method],
+            "extra_bytes_sent": 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0),
+            **_traffic(workload, method),
+            **({"package": f"{PEERS[method]} {version(PEERS[method])}"} if method in PEERS else {}),
+        }
+    return rows
+
+
+def _three_steps(method: str, workload: Workload, device: torch.device) -> Any:
+    step, optimizer = make(method, Made(workload, device))
+    for _ in range(3):
+        step()
+    return step, optimizer
+
+
+def _traffic(workload: Workload, method: str) -> dict[str, Any]:
+    """Reads and writes of tensors as large as the parameters, at least and in fact, where a formula knows them."""
+    own, config = BASES[workload.base], CONFIGS.get(method)
+    if method == "base":
+        return {"floor": own, "moved": own}
+    if config is None or config.batch_fraction < 1:
+        return {}
+    least = floor_of(config, workload.workers)
+    ours = moved(config, config.swap is not False, workload.workers)
+    return {"floor": own + least.total, "moved": own + ours.total}
+
+
+def _too_large(workload: Workload, device: torch.device, methods: int) -> str | None:
+    if workload.needs_gpu and device.type != "cuda":
+        return "needs a GPU."
+    needed = workload.bytes_each * methods
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        return f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free."
+    return None
+
+
+def _begin(path: Path, device: torch.device) -> dict[str, Any]:
+    """The figures of an earlier call, or a new file's head."""
+    import transformers
+
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": precision_of(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if path.exists():
+        content: dict[str, Any] = read_json(path)
+        differing = [name for name, value in machine.items() if content["machine"].get(name) != value]
+        if differing:
+            was, now = content["machine"].get(differing[0]), machine[differing[0]]
+            raise ValueError(
+                f"{path} holds figures of another machine or precision ({differing[0]} was {was!r} and is {now!r}); "
+                "allowed: another output_dir."
+            )
+        # The fastest copy of all calls: one of a busy moment would put the floor too high.
+        content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))
+        return content
+    return {"machine": machine, "copy_bandwidth": copy_bandwidth(device), "results": {}}
+
+
+def _processor() -> str:
+    """The name of the CPU, where the system tells it, and the instructions that PyTorch uses."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    write_json(folder / "bench.json", content)
+    write_report(content, folder)

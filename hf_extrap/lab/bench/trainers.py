@@ -1,0 +1,98 @@
+"""ExtrapTrainer beside the stock Trainer: seconds from the begin to the end of a step, callbacks and all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .timing import MANY, WARM_UPS, interleaved
+
+STEPS, UNCOUNTED = 20, 5
+"""Steps of a training, and the first of them, which are not counted."""
+
+GROUPS = (("base", "none", "extrap-past"),)
+"""What is interleaved."""
+
+
+class _Rows(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 16 * STEPS
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(3, 1000, (32,), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def _model() -> nn.Module:
+    from hf_extrap.recipes.language_modeling.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
+
+    return ExtrapLstmForCausalLM(
+        ExtrapLstmConfig(vocab_size=1000, hidden_size=128, embedding_size=128, num_hidden_layers=1, dropout=0.0)
+    )
+
+
+def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+    """Train with each kind in turn, `MANY` times for every round; nothing is begun after `end` of `time.monotonic`."""
+    with tqdm(total=WARM_UPS + MANY * rounds, desc="trainer", unit="round") as bar:
+        trainings = {kind: partial(_train, kind) for kind in kinds}
+        found = interleaved(trainings, MANY * rounds, bar.update, lambda: time.monotonic() >= end)
+    parameters = sum(p.numel() for p in _model().parameters())
+    return {
+        # What is timed around a training is more than its steps: they are what it gives back.
+        kind: {
+            "step": row["optimizer"],
+            "base_step": found["base"]["optimizer"],
+            "block": STEPS - UNCOUNTED,
+            "parameters": parameters,
+        }
+        for kind, row in found.items()
+    }
+
+
+def _train(kind: str) -> float:
+    """The median of a training's steps, in seconds."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        fields: dict[str, Any] = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 16,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        if kind == "base":
+            trainer = Trainer(_model(), TrainingArguments(folder, **fields), train_dataset=_Rows())
+        else:
+            arguments = ExtrapTrainingArguments(folder, extrap=kind, **fields)
+            trainer = ExtrapTrainer(_model(), arguments, train_dataset=_Rows())
+        trainer.add_callback(Clock())
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+    return float(np.median(seconds[UNCOUNTED:]))

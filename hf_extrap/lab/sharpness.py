@@ -1,0 +1,197 @@
+"""The sharpness of a saved model: the largest Hessian eigenvalue, and the loss along its direction and the gradient."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_extrap.lab.sharpness_figure import draw_sharpness
+from hf_extrap.recipes.run_folder import versions, write_json
+from hf_extrap.recipes.saved_run import SavedRun, load_saved_run
+from hf_extrap.recipes.tables import make_table
+from hf_extrap.training.curvature.lanczos import Eigenpair, largest_eigenpair
+from hf_extrap.training.curvature.mean_loss import BatchNorm, CurvatureError, Differentiation, MeanLoss
+from hf_extrap.training.curvature.preconditioner import preconditioned
+
+SHARPNESS_FILE = "sharpness.json"
+FIGURE_FILE = "sharpness.png"
+POINTS = 33
+"""Values of the loss along each line."""
+
+
+def sharpness(
+    checkpoint: str | Path,
+    words: Sequence[str] = (),
+    *,
+    config: str | None = None,
+    batches: int = 4,
+    split: str = "train",
+    differentiation: str = "autograd",
+    batch_norm: str = "batch",
+    tolerance: float = 1e-2,
+    output_dir: str | Path | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Measure a saved model and leave sharpness.json and sharpness.png beside it.
+
+    Args:
+        checkpoint: folder of a run, of a checkpoint in it, or of any saved model.
+        words: `--field value …`, which win over the run's own fields.
+        config: YAML file with the fields of a saved model that no run.json describes.
+        batches: how many batches the loss is averaged over, the first of the split in the run's own order and size,
+            without dropout and augmentation.
+        split: `train` or `validation`.
+        differentiation: `autograd` or `differences`, see `MeanLoss`.
+        batch_norm: `batch` or `running`, see `MeanLoss`.
+        tolerance: of the eigenvalues' residual.
+        output_dir: folder to write to; default: the checkpoint's.
+        command: what the user typed, for the record.
+
+    Returns:
+        The content of sharpness.json.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights or data.
+        ValueError: a wrong value, a folder that holds a measurement already, or a model that cannot be measured.
+    """
+    if batches < 1:
+        raise ValueError(f"batches is {batches}; allowed: a whole number >= 1.")
+    if split not in ("train", "validation"):
+        raise ValueError(f"split is {split!r}; allowed: train, validation.")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance:g}; allowed: a share of the eigenvalue, in (0, 1).")
+    folder = Path(output_dir or checkpoint)
+    if (folder / SHARPNESS_FILE).exists():
+        raise ValueError(f"{folder / SHARPNESS_FILE} exists already; give another --output_dir, or delete it.")
+    saved = load_saved_run(Path(checkpoint), words, config)
+    trainer = saved.trainer
+    on_train = split == "train"
+    loader = trainer.get_train_dataloader() if on_train else trainer.get_eval_dataloader()
+    streams = trainer.args.gradient_accumulation_steps if on_train else 1
+    mean_loss = trainer.mean_loss(
+        trainer.samples(loader, batches, streams), cast(Differentiation, differentiation), cast(BatchNorm, batch_norm)
+    )
+    content = {
+        "checkpoint": str(checkpoint),
+        "step": saved.step,
+        "task": saved.configuration.task.name,
+        "split": split,
+        "batches": len(mean_loss.batches),
+        "batch_size": trainer.args.train_batch_size if on_train else trainer.args.eval_batch_size,
+        "differentiation": differentiation,
+        "batch_norm": batch_norm,
+        "tolerance": tolerance,
+        "parameters": mean_loss.point.numel(),
+        **measure(mean_loss, saved, tolerance),
+        "arguments": saved.configuration.given,
+        "versions": versions(),
+        "command": command or shlex.join(["hf-extrap", *sys.argv[1:]]),
+    }
+    write_json(folder / SHARPNESS_FILE, content)
+    draw_sharpness(content, folder / FIGURE_FILE, f"{content['task'].replace('_', ' ')}, {Path(checkpoint).name}")
+    return content
+
+
+def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str, Any]:
+    """Loss, gradient, eigenvalues, and the loss along two lines.
+
+    Raises:
+        CurvatureError: if the model cannot be measured.
+    """
+    quiet = bool(saved.trainer.args.disable_tqdm)
+    loss, gradient = mean_loss.value(), mean_loss.gradient()
+    norm = float(gradient.norm())
+    if not math.isfinite(loss + norm):
+        raise CurvatureError(f"the loss is {loss:g} and its gradient {norm:g} long: the run has diverged.")
+    top = _eigenpair(mean_loss.hessian_product, mean_loss, tolerance, "Hessian products", quiet)
+    direction = gradient / norm if norm else gradient
+    bend = float(direction @ mean_loss.hessian_product(direction)) if norm else 0.0
+    preconditioner = saved.trainer.preconditioner(mean_loss)
+    in_metric = None
+    if preconditioner is not None:
+        product = preconditioned(mean_loss.hessian_product, preconditioner)
+        in_metric = _eigenpair(product, mean_loss, tolerance, "products in Adam's metric", quiet)
+
+    # The parabola of the gradient has its minimum at 1 / bend; that of the eigenvector rises by half the loss.
+    unit = next((1 / curvature for curvature in (bend, top.value) if curvature > 0), saved.learning_rate or 1.0)
+    rates = [float(rate) for rate in unit * np.linspace(-1, 3, POINTS)]
+    reach = math.sqrt(abs(loss / top.value)) if top.value else 1.0
+    lengths = [float(length) for length in reach * np.linspace(-1, 1, POINTS)]
+    with tqdm(total=2 * POINTS, desc="losses along lines", leave=False, disable=quiet) as bar:
+        along_gradient = mean_loss.along(-gradient, rates, bar.update)
+        along_eigenvector = mean_loss.along(top.vector, lengths, bar.update)
+    rate = saved.learning_rate
+    return {
+        "loss": loss,
+        "gradient_norm": norm,
+        "sharpness": top.value,
+        "sharpness_residual": top.residual,
+        "sharpness_products": top.products,
+        "difference_error": mean_loss.product_error(top.vector) if top.value else 0.0,
+        "gradient_curvature": bend,
+        "eigenvector_slope": float(gradient @ top.vector),
+        "preconditioned_sharpness": in_metric.value if in_metric else None,
+        "preconditioned_residual": in_metric.residual if in_metric else None,
+        "preconditioned_products": in_metric.products if in_metric else None,
+        "learning_rate": rate,
+        "lines": {
+            "gradient": {
+                "learning_rate": rates,
+                "length": [r * norm for r in rates],
+                "share_of_learning_rate": [r / rate for r in rates] if rate else None,
+                "loss": along_gradient,
+            },
+            "eigenvector": {"length": lengths, "loss": along_eigenvector},
+        },
+    }
+
+
+def _eigenpair(
+    product: Callable[[Tensor], Tensor], mean_loss: MeanLoss, tolerance: float, what: str, quiet: bool
+) -> Eigenpair:
+    with tqdm(desc=what, unit=" products", leave=False, disable=quiet) as bar:
+
+        def counted(vector: Tensor) -> Tensor:
+            result = product(vector)
+            bar.update()
+            return result
+
+        return largest_eigenpair(counted, mean_loss.point, tolerance=tolerance)
+
+
+def print_sharpness(content: dict[str, Any], folder: str | Path, console: Console | None = None) -> None:
+    """Print what was measured, and where it lies."""
+    console = console or Console()
+    rate, in_metric = content["learning_rate"], content["preconditioned_sharpness"]
+    rows = [
+        ["loss", f"{content['loss']:.6g}"],
+        ["length of the gradient", f"{content['gradient_norm']:.4g}"],
+        ["sharpness, the largest eigenvalue of the Hessian", f"{content['sharpness']:.4g}"],
+        ["  its residual, and products used", f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"],
+        ["  its product against central differences", f"{content['difference_error']:.1e}"],
+        ["curvature along the gradient", f"{content['gradient_curvature']:.4g}"],
+    ]
+    if in_metric is not None:
+        rows.append(["sharpness in Adam's metric", f"{in_metric:.4g}"])
+    if rate:
+        rows.append(["learning rate of the next step", f"{rate:.4g}"])
+        rows.append(["  times the sharpness (gradient descent: stable below 2)", f"{rate * content['sharpness']:.4g}"])
+        if in_metric is not None:
+            rows.append(["  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)", f"{rate * in_metric:.4g}"])
+    title = (
+        f"Sharpness of {content['checkpoint']}: {content['batches']} × {content['batch_size']} rows of "
+        f"{content['split']}, by {content['differentiation']}"
+    )
+    console.print()
+    console.print(make_table(title, ["measured", "value"], rows))
+    for name, file in (("figure", FIGURE_FILE), ("all numbers", SHARPNESS_FILE)):
+        console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False)

@@ -1,0 +1,1 @@
+"""The image classification recipe: data, model, tokenization and metric."""

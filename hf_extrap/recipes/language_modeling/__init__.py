@@ -1,0 +1,1 @@
+"""The language modeling recipe: data, model, tokenization and metric."""

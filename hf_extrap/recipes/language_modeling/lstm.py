@@ -1,0 +1,280 @@
+"""An LSTM language model as a full `PreTrainedModel`: Trainer, `generate`, Auto classes and pipeline work with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.utils import ModelOutput
+
+from hf_extrap.recipes.language_modeling.vocabulary_head import VocabularyHead
+
+#: (h, c), each (layers, batch, hidden): all that an LSTM knows of the tokens it has read.
+State = tuple[Tensor, Tensor]
+
+
+class ExtrapLstmConfig(PreTrainedConfig):
+    """Shape of an LSTM language model.
+
+    Args:
+        vocab_size: Number of token types.
+        embedding_size: Width of the embeddings; must equal `hidden_size` when they are tied to the output layer.
+        hidden_size: Units of each layer.
+        num_hidden_layers: Stacked LSTM layers.
+        dropout: Probability of dropping an element of the embeddings, between layers, and of the output.
+        initializer_range: Embeddings and output weights are drawn uniformly from (-range, range).
+        tie_word_embeddings: Share the embeddings with the output layer (Press and Wolf 2017).
+
+    Raises:
+        ValueError: If a size is not positive, dropout is not in [0, 1), or tied sizes differ.
+    """
+
+    model_type = "extrap_lstm"
+    keys_to_ignore_at_inference = ["cache_params", "hidden_states"]
+
+    vocab_size: int = 33278
+    embedding_size: int = 650
+    hidden_size: int = 650
+    num_hidden_layers: int = 3
+    dropout: float | int = 0.4
+    initializer_range: float = 0.1
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` of the LSTM is {getattr(self, name)}: it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` of the LSTM is {self.dropout}: it must be in [0, 1).")
+        if self.tie_word_embeddings and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"tied embeddings need `embedding_size` ({self.embedding_size}) equal to `hidden_size` "
+                f"({self.hidden_size}): make them equal, or set `tie_word_embeddings` to false."
+            )
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class ExtrapLstmOutput(ModelOutput):
+    """Output of `ExtrapLstmModel`.
+
+    Attributes:
+        last_hidden_state: (batch, length, hidden_size), after dropout.
+        cache_params: State after the last token.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cache_params: State | None = None
+
+
+@dataclass
+class ExtrapLstmCausalLMOutput(ModelOutput):
+    """Output of `ExtrapLstmForCausalLM`.
+
+    Attributes:
+        loss: Mean cross entropy in nats over the targets (with labels).
+        logits: (batch, length, vocab_size) (without labels only: they would be the largest tensor of a training step).
+        token_losses: (batch, length - 1) fp32, detached; 0 where the label is -100 (with labels).
+        cache_params: State after the last token read.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    token_losses: Tensor | None = None
+    cache_params: State | None = None
+
+
+class ExtrapLstmPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what the library must know of a recurrent model."""
+
+    config_class = ExtrapLstmConfig
+    base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
+    _is_stateful = True
+    _no_split_modules = ["ExtrapLstmModel"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        bound = self.config.initializer_range
+        if isinstance(module, nn.Embedding | nn.Linear):
+            initialization.uniform_(module.weight, -bound, bound)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, nn.LSTM):
+            for parameter in module.parameters():
+                initialization.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+
+
+class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
+    """Embeddings and stacked LSTM, batch first."""
+
+    def __init__(self, config: ExtrapLstmConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.lstm = nn.LSTM(
+            config.embedding_size,
+            config.hidden_size,
+            config.num_hidden_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache_params: State | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ExtrapLstmOutput | tuple[Tensor, ...]:
+        """Read tokens from a state on.
+
+        Args:
+            input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
+            attention_mask: (batch, length or more), 1 for a token, 0 for padding, which leaves the state as it is.
+                Only the last `length` columns are used.
+            cache_params: State to go on from; zeros by default.
+            use_cache: False leaves out the state. `config.use_cache`, which the Trainer turns off for the memory that
+                attention caches take, does not count: this state costs nothing.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
+        embedded = self.dropout(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -embedded.shape[1] :].bool()
+        if attention_mask is None or bool(attention_mask.all()):
+            output, state = self.lstm(embedded, cache_params)
+        else:
+            output, state = self._read_masked(embedded, attention_mask, cache_params)
+        if use_cache is False:
+            state = None
+        result = ExtrapLstmOutput(last_hidden_state=self.dropout(output), cache_params=state)
+        return result.to_tuple() if return_dict is False else result
+
+    def _read_masked(self, embedded: Tensor, mask: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Step by step; a row that is padding at a step keeps its state."""
+        if state is None:
+            shape = (self.config.num_hidden_layers, embedded.shape[0], self.config.hidden_size)
+            state = (embedded.new_zeros(shape), embedded.new_zeros(shape))
+        outputs = []
+        for step in range(embedded.shape[1]):
+            output, new = self.lstm(embedded[:, step : step + 1], state)
+            keep = mask[:, step].view(1, -1, 1)
+            state = (torch.where(keep, new[0], state[0]), torch.where(keep, new[1], state[1]))
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), state
+
+
+class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
+    """LSTM language model.
+
+    With labels the last input token is a target only and is not read: the state returned is the one after the token
+    before it. So chunks of a text that overlap by one token, each with `labels = input_ids`, count every target once
+    and hand on the right state, with the shift inside the model as in every causal model of the library.
+    """
+
+    # The loss is the mean over this batch: the Trainer must divide it by the number of accumulated batches.
+    accepts_loss_kwargs = False
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: ExtrapLstmConfig) -> None:
+        super().__init__(config)
+        self.model = ExtrapLstmModel(config)
+        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache_params: State | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> ExtrapLstmCausalLMOutput | tuple[Any, ...]:
+        """Compute logits, or the loss of the labels.
+
+        Args:
+            input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
+            attention_mask: (batch, length or more), 0 for padding.
+            cache_params: State to go on from; zeros by default.
+            labels: (batch, length) int64, position i is predicted from the tokens before it; -100 is not counted, and
+                neither is the first position, which nothing in this batch predicts.
+            logits_to_keep: Compute logits of this many last positions only; 0 for all.
+
+        Raises:
+            ValueError: If labels have another shape than the input, or fewer than two positions.
+        """
+        if labels is not None:
+            given = inputs_embeds if input_ids is None else input_ids
+            shape = labels.shape if given is None else given.shape[:2]
+            if labels.shape != shape or shape[1] < 2:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}: they must be "
+                    "equal, with at least two positions."
+                )
+            input_ids = None if input_ids is None else input_ids[:, :-1]
+            inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :-1]
+            attention_mask = None if attention_mask is None else attention_mask[:, :-1]
+        read = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            cache_params=cache_params,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        loss = logits = token_losses = None
+        if labels is None:
+            logits = self.lm_head(read.last_hidden_state[:, -logits_to_keep:])
+        else:
+            loss, token_losses = self.lm_head(read.last_hidden_state, labels[:, 1:])
+        result = ExtrapLstmCausalLMOutput(
+            loss=loss, logits=logits, token_losses=token_losses, cache_params=read.cache_params
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache_params: State | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Select what `forward` reads next: the last token once there is a state, everything without a cache."""
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "cache_params": cache_params,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep or 0,
+        }
+        if inputs_embeds is not None and cache_params is None:
+            return {"inputs_embeds": inputs_embeds, **inputs}
+        return {"input_ids": input_ids if cache_params is None else input_ids[:, -1:], **inputs}
+
+    def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
+        """Put the rows of the state in the order of the surviving beams."""
+        h, c = (part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
+        return h, c
+
+    reorder_cache = _reorder_cache

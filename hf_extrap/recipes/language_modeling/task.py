@@ -1,0 +1,276 @@
+"""Language modelling: any text, an LSTM of this package or any causal model of the library, and perplexity."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+import hf_extrap.recipes.models  # noqa: F401  (makes the Auto classes know `extrap_lstm`)
+from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
+from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
+from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
+from hf_extrap.recipes.task import DataArguments, PreparedTask, load_splits, parameter_count
+
+LSTM = "extrap_lstm"
+
+
+@dataclass
+class LanguageModelingArguments(DataArguments):
+    """Fields of the task `language_modeling`.
+
+    The shape fields hold for the LSTM; another model made from its configuration takes `config_overrides`.
+    """
+
+    seq_len: int = field(default=30, metadata={"help": "Targets in a chunk: length of backpropagation through time."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Cap of the word-level vocabulary; default: every word of the three splits."}
+    )
+    model_type: str = field(default=LSTM, metadata={"help": "Kind of model to make where `model` is null: any causal."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Configuration of a model made here, such as 'n_embd=128,n_layer=2'."}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Use only the configuration of `model`, no weights."})
+    embedding_size: int | None = field(default=None, metadata={"help": "LSTM: default is `hidden_size`."})
+    hidden_size: int = field(default=650, metadata={"help": "LSTM: units of a layer."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "LSTM: layers."})
+    dropout: float = field(
+        default=0.4, metadata={"help": "LSTM: dropout of embeddings, between layers, of the output."}
+    )
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "LSTM: share embeddings and output weights."})
+    unigram_bias: bool = field(
+        default=False, metadata={"help": "LSTM: start the output bias at the words' log frequencies in train."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seq_len < 1:
+            raise ValueError(f"`seq_len` is {self.seq_len}: it must be at least 1.")
+        if self.model is None and self.from_scratch:
+            raise ValueError("`from_scratch` says to leave the weights of `model` unused, and `model` is null.")
+        if self.unigram_bias and (self.model is not None or self.model_type != LSTM):
+            raise ValueError("`unigram_bias` is for an LSTM made here: set it to false.")
+
+
+class LanguageModelingTask:
+    """Next-token prediction over contiguous streams of text."""
+
+    name: ClassVar[str] = "language_modeling"
+    arguments_class: ClassVar[type] = LanguageModelingArguments
+    seq2seq: ClassVar[bool] = False
+
+    def training_defaults(self) -> dict[str, Any]:
+        """Defaults for a recurrent model; for another set `carry_state: false`, `train_sampling_strategy: random`."""
+        return {
+            "train_sampling_strategy": "sequential",
+            "carry_state": True,
+            "remove_unused_columns": False,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 64,
+        }
+
+    def prepare(self, arguments: LanguageModelingArguments, training_arguments: TrainingArguments) -> PreparedTask:
+        """Load and tokenize the text (main process first) and build model, streams and metric.
+
+        Raises:
+            ValueError: If data, model and training arguments do not fit together.
+            FileNotFoundError: If data or model cannot be found.
+        """
+        config, tokenizer = _given_model(arguments) if arguments.model is not None else (None, None)
+        with training_arguments.main_process_first(desc="loading and tokenizing the text"):
+            splits = load_splits(arguments, columns=("text",), builtin=builtin_text)
+            tokenizer, ids = token_streams(splits, arguments.cache_root, tokenizer, arguments.vocab_size)
+        if config is None:
+            model = _new_model(arguments, tokenizer)
+            if arguments.unigram_bias:
+                set_unigram_bias(model.lm_head, ids["train"])
+        else:
+            model = _model_of(arguments, config, tokenizer)
+        _check_order(model, arguments, training_arguments)
+
+        def streams(name: str, count: int, complete: bool) -> StreamDataset:
+            return StreamDataset(ids[name], streams=count, seq_len=arguments.seq_len, complete=complete, name=name)
+
+        world_size = training_arguments.world_size
+        workers = world_size * training_arguments.gradient_accumulation_steps
+        train = streams("train", training_arguments.train_batch_size * workers, False)
+        evaluated = {name: streams(name, training_arguments.eval_batch_size * world_size, True) for name in ids}
+        return PreparedTask(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=train,
+            eval_dataset=evaluated["validation"],
+            test_dataset=evaluated["test"],
+            data_collator=collate,
+            metric="perplexity",
+            greater_is_better=False,
+            compute_metrics=compute_perplexity,
+            preprocess_logits_for_metrics=sum_token_losses,
+            tokens_per_epoch=train.targets,
+            samples_per_epoch=len(train),
+            facts={
+                "dataset": Path(arguments.data_dir).name if arguments.data_dir else arguments.dataset,
+                "language": "en" if arguments.data_dir is None and arguments.dataset == "builtin" else None,
+                "vocabulary_size": len(tokenizer),
+                "parameters": parameter_count(model),
+                "streams": train.streams,
+                "seq_len": arguments.seq_len,
+                **{f"{name}_tokens": len(stream) - 1 for name, stream in ids.items()},
+            },
+        )
+
+
+def _given_model(arguments: LanguageModelingArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
+    """Configuration and, if it has one, tokenizer of the model that `arguments.model` names."""
+    name = str(arguments.model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model {name!r} is neither a folder with a config.json nor found on the Hub or in its cache."
+        ) from error
+    if config.is_encoder_decoder:
+        raise ValueError(f"model {name!r} is an encoder-decoder ({config.model_type}): give a causal language model.")
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return config, None
+    try:
+        return config, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
+
+
+def _model_of(
+    arguments: LanguageModelingArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The model that `arguments.model` names, with its weights, or from its configuration if it has none."""
+    name = str(arguments.model)
+    folder = Path(name)
+    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if arguments.from_scratch or not has_weights:
+        return AutoModelForCausalLM.from_config(_fit(config, arguments, tokenizer))
+    if arguments.config_overrides:
+        raise ValueError("`config_overrides` changes a model made from scratch: set `from_scratch` to true as well.")
+    model = AutoModelForCausalLM.from_pretrained(name)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"model {name!r} knows {model.config.vocab_size} tokens and the text has {len(tokenizer)}: give "
+            "the model its tokenizer, or set `from_scratch` to true."
+        )
+    return model
+
+
+def _new_model(arguments: LanguageModelingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if arguments.model_type == LSTM:
+        config = AutoConfig.for_model(
+            LSTM,
+            embedding_size=arguments.embedding_size or arguments.hidden_size,
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=arguments.num_hidden_layers,
+            dropout=arguments.dropout,
+            tie_word_embeddings=arguments.tie_word_embeddings,
+        )
+    else:
+        try:
+            config = AutoConfig.for_model(arguments.model_type)
+        except ValueError as error:
+            raise ValueError(
+                f"`model_type` {arguments.model_type!r} is unknown: use {LSTM!r} or one that AutoConfig knows, such as "
+                "'gpt2'."
+            ) from error
+    return AutoModelForCausalLM.from_config(_fit(config, arguments, tokenizer))
+
+
+def _fit(
+    config: PreTrainedConfig, arguments: LanguageModelingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """Give a configuration of a model without weights the tokenizer's ids and the overrides of the arguments."""
+    if arguments.config_overrides:
+        config.update_from_string(arguments.config_overrides)
+    config.vocab_size = len(tokenizer)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    return config
+
+
+def _check_order(
+    model: PreTrainedModel, arguments: LanguageModelingArguments, training_arguments: TrainingArguments
+) -> None:
+    """Refuse what would silently train or measure something else."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and arguments.seq_len + 1 > limit:
+        raise ValueError(
+            f"`seq_len` is {arguments.seq_len}: the model reads at most {limit - 1} tokens before a target."
+        )
+    if not getattr(training_arguments, "carry_state", False):
+        return
+    if model.config.model_type != LSTM:
+        raise ValueError(
+            f"`carry_state` is for recurrent models, and {model.config.model_type!r} is none: set `carry_state` to "
+            "false (and `train_sampling_strategy` to 'random')."
+        )
+    if training_arguments.train_sampling_strategy != "sequential":
+        raise ValueError(
+            "`carry_state` needs the chunks of a stream in their order: set `train_sampling_strategy` to 'sequential'."
+        )
+
+
+@torch.no_grad()
+def set_unigram_bias(head: VocabularyHead, ids: np.ndarray) -> None:
+    """Set the output bias to log((count + 1/2) / total), so that training starts at the unigram model."""
+    counts = torch.bincount(torch.from_numpy(ids[1:].astype(np.int64)), minlength=head.out_features).float() + 0.5
+    with _whole(head.bias):
+        head.bias.copy_((counts / counts.sum()).log())
+
+
+def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """To write a parameter that ZeRO-3 has cut up already: every process writes the same."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def sum_token_losses(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Reduce a batch's outputs to what perplexity needs, so that no logits are gathered or kept.
+
+    Args:
+        outputs: Losses of the targets (batch, length - 1), as `ExtrapLstmForCausalLM` gives them, or logits
+            (batch, length, vocabulary); the first of a tuple counts.
+        labels: (batch, length), -100 where not counted.
+
+    Returns:
+        (batch, 2) fp32: sum of the negative log-likelihoods in nats, and number of targets.
+    """
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    targets = labels[:, 1:]
+    if first.dim() == 3:
+        losses = F.cross_entropy(first[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    else:
+        losses = first
+    return torch.stack([losses.float().sum(1), (targets != IGNORED).sum(1).float()], dim=1)
+
+
+def compute_perplexity(prediction: EvalPrediction) -> dict[str, float]:
+    """Perplexity exp(sum of losses / number of targets) from the sums of `sum_token_losses`; inf on overflow."""
+    total, count = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    mean = total / count
+    return {"perplexity": math.exp(mean) if mean < 700 else math.inf}

@@ -1,0 +1,125 @@
+"""What is written down while a run goes on: history, time of each step, and whether the replicas agree."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_extrap.optim.shards import is_sharded
+from hf_extrap.recipes.figures import spoken
+from hf_extrap.recipes.run_folder import RunFolder
+
+
+def parameter_checksum(model: nn.Module) -> str:
+    """SHA-256 of the bytes of all parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def replicas_agree(model: nn.Module) -> bool | None:
+    """Whether all processes hold bit-identical parameters, None where each holds a part of them; a collective call."""
+    if any(map(is_sharded, model.parameters())):
+        return None
+    return len(set(gather_object([parameter_checksum(model)]))) == 1
+
+
+class RunRecorder(TrainerCallback):
+    """Keeps history.jsonl up to date, times the steps, and compares the replicas after every epoch.
+
+    Attributes:
+        replicas_identical: whether the replicas were bit-identical at the end of every epoch so far.
+        intervals: seconds from the beginning of one step to that of the next, where no evaluation or save lies between.
+        waits: seconds from the end of one step to the beginning of the next, in which the loader makes its batches,
+            where nothing else lies between.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.replicas_identical = True
+        self.intervals: list[float] = []
+        self.waits: list[float] = []
+        self._began: float | None = None
+        self._ended: float | None = None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean seconds a step, data loading included; None before the second step."""
+        # The first step allocates and warms up.
+        return _mean(self.intervals[1:] if len(self.intervals) > 2 else self.intervals)
+
+    @property
+    def data_seconds_per_step(self) -> float | None:
+        """Mean seconds a step in which training waits for its batches; None where something is logged at every step."""
+        return _mean(self.waits)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = time.perf_counter()
+        if self._began is not None:
+            self.intervals.append(now - self._began)
+        if self._ended is not None:
+            self.waits.append(now - self._ended)
+        self._began = now
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ended = time.perf_counter()
+        if self._began is not None and (control.should_training_stop or state.global_step >= state.max_steps):
+            self.intervals.append(self._ended - self._began)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = self._ended = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = self._ended = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ended = None
+        if state.is_world_process_zero:
+            self.folder.write_history(state.log_history)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ended = None
+        self.replicas_identical &= replicas_agree(kwargs["model"]) is not False
+
+
+def _mean(seconds: Sequence[float]) -> float | None:
+    return sum(seconds) / len(seconds) if seconds else None
+
+
+class ConciseProgress(ProgressCallback):
+    """The stock progress bar, with the latest loss at its end and one short line for each evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, lr {logs.get('learning_rate', 0):.3g}")
+        elif f"eval_{self.metric}" in logs:
+            value, loss = logs[f"eval_{self.metric}"], logs.get("eval_loss", float("nan"))
+            self.training_bar.write(
+                f"step {state.global_step}: validation {spoken(self.metric)} {value:.4g}, loss {loss:.4g}"
+            )

@@ -1,0 +1,268 @@
+"""One run from a resolved configuration: build, train, evaluate, write down."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import wait_for_everyone
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_extrap.optim.processes import let_gloo_finish
+from hf_extrap.recipes.configuration import Configuration
+from hf_extrap.recipes.figures import draw_curves
+from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
+from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
+from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, versions
+from hf_extrap.recipes.task import PreparedTask
+from hf_extrap.training.checkpoints import check_checkpoint_matches
+from hf_extrap.training.divergence import DivergenceStopper
+from hf_extrap.training.model_card import make_card, optimizer_name
+from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    configuration: Configuration,
+    command: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    print_logs: bool = True,
+) -> dict[str, Any]:
+    """Train one model and leave everything about it in `output_dir`.
+
+    Every process of a distributed launch calls this; the first one writes.
+
+    Args:
+        configuration: from `hf_extrap.recipes.configuration.resolve`.
+        command: what the user typed, for the record; default: this process's own words.
+        callbacks: more of them, for the Trainer.
+        print_logs: whether a run without a progress bar prints what it logs.
+
+    Returns:
+        The content of metrics.json. A run that `abort_factor` ended has no `eval` and no `test`.
+
+    Raises:
+        ValueError: the folder holds something else, the checkpoint belongs to another model, or this CPU has no LSTM
+            in bf16.
+        FileNotFoundError: data or a checkpoint is missing.
+    """
+    arguments = configuration.training_arguments
+    folder = RunFolder(Path(str(arguments.output_dir)))
+    checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
+    folder.check(configuration.given, resume=checkpoint is not None)
+    command = command or shlex.join(["hf-extrap", *sys.argv[1:]])
+    first = arguments.process_index == 0
+    # The first process writes only when all have looked.
+    wait_for_everyone()
+    if first and not (folder.path / "run.json").exists():
+        folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
+
+    _join_deepspeed(arguments)
+    set_seed(arguments.seed)
+    prepared = configuration.task.prepare(configuration.task_arguments, arguments)
+    recorder = RunRecorder(folder)
+    trainer = make_trainer(configuration, prepared)
+    _check_precision(trainer, prepared.model)
+    if not print_logs:
+        trainer.remove_callback(PrinterCallback)
+    stopper = DivergenceStopper(configuration.run.abort_factor) if configuration.run.abort_factor else None
+    for callback in (recorder, *((stopper,) if stopper else ()), *callbacks):
+        trainer.add_callback(callback)
+    if checkpoint is not None:
+        check_checkpoint_matches(checkpoint, prepared.model)
+    untrained = _evaluate_untrained(configuration, trainer, folder, resumed=checkpoint is not None)
+
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - began
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    identical = replicas_agree(model)
+    if identical is not None:
+        identical &= recorder.replicas_identical
+    diverged_at = stopper.step if stopper else None
+    validation: dict[str, Any] = {}
+    test = None
+    if diverged_at is None:
+        validation = _last_evaluation(trainer) or trainer.evaluate(metric_key_prefix="eval")
+        test = _evaluate_test(trainer, prepared)
+    if configuration.run.save_model:
+        trainer.save_model()
+
+    items = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    metrics: dict[str, Any] = {
+        "status": "finished" if _is_finite(validation, f"eval_{prepared.metric}", "eval_loss") else "diverged",
+        "diverged_at": diverged_at,
+        "task": configuration.task.name,
+        "preset": arguments.extrap,
+        "extrap": arguments.extrap_config().to_dict(),
+        "metric": prepared.metric,
+        "greater_is_better": prepared.greater_is_better,
+        "untrained": untrained,
+        "eval": validation,
+        "test": test,
+        **_progress(trainer, prepared, recorder),
+        "train_seconds": seconds,
+        "wall_clock_seconds": time.perf_counter() - began,
+        "world_size": arguments.world_size,
+        "virtual_workers": arguments.extrap_virtual_workers,
+        "global_batch": items,
+        "global_batch_units": items * prepared.batch_size_unit,
+        "ranks_identical": identical,
+        "optimizer": optimizer_name(trainer.optimizer),
+        "peak_learning_rate": max((row["learning_rate"] for row in _rows(trainer, "learning_rate")), default=None),
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+        "device": str(arguments.device),
+        "resumed_from": checkpoint.name if checkpoint else None,
+        "arguments": configuration.given,
+        "facts": prepared.facts,
+        "versions": versions(),
+        "command": command,
+    }
+    if first:
+        folder.write_history(trainer.state.log_history)
+        if configuration.run.save_model:
+            _write_card(folder, metrics, model)
+        # Last: its presence says that the run is finished.
+        folder.write_metrics(metrics)
+    wait_for_everyone()
+    let_gloo_finish()
+    if identical is False:
+        raise RuntimeError(f"the processes ended with different parameters; see ranks_identical in {folder.path}.")
+    return metrics
+
+
+def _join_deepspeed(arguments: TrainingArguments) -> None:
+    """Let DeepSpeed find the processes: stage 3 counts them where the model is made, before the Trainer is."""
+    if arguments.deepspeed is not None and arguments.world_size > 1:
+        import deepspeed
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
+    """The Trainer of a configuration and its prepared task, with nothing trained yet."""
+    trainer_class = ExtrapSeq2SeqTrainer if configuration.task.seq2seq else ExtrapTrainer
+    trainer = trainer_class(
+        model=prepared.model,
+        args=configuration.training_arguments,
+        train_dataset=prepared.train_dataset,
+        eval_dataset=prepared.eval_dataset,
+        data_collator=prepared.data_collator,
+        processing_class=prepared.processing_class,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
+    )
+    trainer.batch_size_unit = prepared.batch_size_unit
+    trainer.augment = prepared.augment
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ConciseProgress(prepared.metric))
+    return trainer
+
+
+def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
+    """Say that bf16 is slow on a CPU without instructions for it, and refuse what PyTorch cannot do there at all."""
+    if trainer.accelerator.mixed_precision != "bf16" or trainer.args.device.type != "cpu" or cpu_has_bf16():
+        return
+    if any(isinstance(module, nn.LSTM) for module in model.modules()):
+        raise ValueError("bf16 is true, and PyTorch has no LSTM in bf16 for this CPU; allowed: --bf16 false.")
+    if trainer.is_world_process_zero():
+        logger.warning("bf16 is true, and this CPU %s; --bf16 false leaves it out", NO_BF16)
+
+
+def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
+    if resume is None or str(resume).lower() == "false":
+        return None
+    if str(resume).lower() == "true":
+        last = folder.last_checkpoint()
+        if last is None:
+            raise FileNotFoundError(f"output_dir {folder.path} holds no checkpoint to resume from.")
+        return last
+    path = Path(resume)
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    return path
+
+
+def _evaluate_untrained(
+    configuration: Configuration, trainer: Trainer, folder: RunFolder, resumed: bool
+) -> dict[str, Any] | None:
+    arguments = configuration.training_arguments
+    if resumed:
+        return folder.read_configuration().get("untrained")
+    if not configuration.run.evaluate_untrained or getattr(arguments, "predict_with_generate", False):
+        return None
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        # They hold the weights from the beginning of training on.
+        return None
+    found = trainer.evaluate(metric_key_prefix="untrained")
+    # The evaluation drew random numbers: training starts from the seed whether or not there was one.
+    set_seed(arguments.seed)
+    if arguments.process_index == 0:
+        folder.write_configuration({**folder.read_configuration(), "untrained": found})
+    return found
+
+
+def _last_evaluation(trainer: Trainer) -> dict[str, Any] | None:
+    """The evaluation after the last step, if there was one and the model is still the same."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    rows = [row for row in _rows(trainer, "eval_loss") if row.get("step") == trainer.state.global_step]
+    return {name: value for name, value in rows[-1].items() if name not in ("step", "epoch")} if rows else None
+
+
+def _evaluate_test(trainer: Trainer, prepared: PreparedTask) -> dict[str, Any] | None:
+    if prepared.test_dataset is None:
+        return None
+    options: dict[str, Any] = {}
+    if getattr(trainer.args, "predict_with_generate", False):
+        # Evaluations during training may search less widely; the final one is that of the model's own settings.
+        options["num_beams"] = prepared.model.generation_config.num_beams
+    return {**trainer.evaluate(prepared.test_dataset, metric_key_prefix="test", **options), **options}
+
+
+def _progress(trainer: Trainer, prepared: PreparedTask, recorder: RunRecorder) -> dict[str, Any]:
+    state, step_seconds = trainer.state, recorder.seconds_per_step
+    epochs_per_step = state.epoch / state.global_step if state.epoch and state.global_step else None
+    rate = epochs_per_step / step_seconds if epochs_per_step and step_seconds else None
+    return {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "seconds_per_step": step_seconds,
+        "data_seconds_per_step": recorder.data_seconds_per_step,
+        "samples_per_second": rate * prepared.samples_per_epoch if rate and prepared.samples_per_epoch else None,
+        "tokens_per_second": rate * prepared.tokens_per_epoch if rate and prepared.tokens_per_epoch else None,
+        "train_loss": next((row["loss"] for row in reversed(_rows(trainer, "loss"))), None),
+    }
+
+
+def _rows(trainer: Trainer, key: str) -> list[dict[str, Any]]:
+    return [row for row in trainer.state.log_history if key in row]
+
+
+def _is_finite(row: dict[str, Any], *names: str) -> bool:
+    return all(row.get(name) is not None and math.isfinite(row[name]) for name in names)
+
+
+def _write_card(folder: RunFolder, metrics: dict[str, Any], model: PreTrainedModel) -> None:
+    title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
+    drawn = draw_curves(folder.read_history(), metrics["metric"], folder.path / CURVES_FILE, title)
+    make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)

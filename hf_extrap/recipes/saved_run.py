@@ -1,0 +1,130 @@
+"""A model that a run has saved, built again with its task and its Trainer, for measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import set_seed
+
+from hf_extrap.recipes.configuration import Configuration, resolve, to_words
+from hf_extrap.recipes.run import make_trainer
+from hf_extrap.recipes.run_folder import CONFIGURATION_FILE, RunFolder
+from hf_extrap.training.checkpoints import INDEX_FILE, WEIGHTS_FILE, check_checkpoint_matches
+from hf_extrap.training.trainer import ExtrapTrainer
+
+OPTIMIZER_FILE = "optimizer.pt"
+
+# Fields of a run that say where and how fast it ran, not what it trained.
+UNUSED = frozenset(
+    {
+        "output_dir",
+        "resume_from_checkpoint",
+        "use_cpu",
+        "bf16",
+        "fp16",
+        "torch_compile",
+        "deepspeed",
+        "fsdp",
+        "report_to",
+        "push_to_hub",
+        "sharpness_batches",
+    }
+)
+
+
+@dataclass
+class SavedRun:
+    """A Trainer that holds the saved weights, in float32, and the optimizer's state where one was saved.
+
+    Attributes:
+        folder: of the weights.
+        configuration: the run's, resolved again in this process.
+        trainer: with nothing trained; its `optimizer` is None where the folder has no optimizer.pt.
+        learning_rate: of the optimizer's next step, or None.
+        step: of the checkpoint, or None for a model at a run's end or of no run.
+    """
+
+    folder: Path
+    configuration: Configuration
+    trainer: ExtrapTrainer
+    learning_rate: float | None
+    step: int | None
+
+
+def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None = None) -> SavedRun:
+    """Build a run again around the weights that it saved.
+
+    Args:
+        folder: a run's, a checkpoint in it, or any saved model.
+        words: `--field value …`, which win over the run's own fields.
+        config: YAML file with the fields, for a saved model that no run.json describes.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no weights in it.
+        ValueError: the weights do not fit the fields, or fields are wrong or missing.
+    """
+    _check_weights(folder)
+    run = next((path for path in (folder, folder.parent) if (path / CONFIGURATION_FILE).is_file()), None)
+    if run is not None and config is not None:
+        raise ValueError(f"{run / CONFIGURATION_FILE} already says how {folder} was trained; leave out --config.")
+    if run is None and config is None and not any(word.split("=")[0] == "--task" for word in words):
+        raise ValueError(
+            f"no {CONFIGURATION_FILE} says how {folder} was trained; give --config FILE.yaml or --task NAME."
+        )
+    if run is not None:
+        recorded = RunFolder(run).read_configuration()["arguments"]
+        fields = to_words({k: v for k, v in recorded.items() if k not in UNUSED and v is not None})
+    else:
+        fields = ["--model", str(folder)]
+    # The Trainer makes its output folder, and nothing is written there.
+    configuration = resolve(config, [*fields, "--report_to", "none", *words, "--output_dir", str(folder)])
+    arguments = configuration.training_arguments
+    if arguments.world_size > 1:
+        raise ValueError(f"{arguments.world_size} processes were launched; allowed: one.")
+    set_seed(arguments.seed)
+    prepared = configuration.task.prepare(configuration.task_arguments, arguments)
+    check_checkpoint_matches(folder, prepared.model)
+    weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
+    # Into the task's own model, which knows what is trained: a loaded one would train fixed positions too.
+    prepared.model.float().load_state_dict(weights)
+    trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
+    step = folder.name.removeprefix("checkpoint-")
+    return SavedRun(
+        folder=folder,
+        configuration=configuration,
+        trainer=trainer,
+        learning_rate=_load_optimizer(trainer, folder / OPTIMIZER_FILE),
+        step=int(step) if step.isdigit() else None,
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist.")
+    if any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return
+    last = RunFolder(folder).last_checkpoint()
+    hint = f"; give its last checkpoint, {last}" if last else ""
+    raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}{hint}.")
+
+
+def _load_optimizer(trainer: ExtrapTrainer, path: Path) -> float | None:
+    """Give the Trainer the saved optimizer, if there is one; the learning rate of its next step."""
+    if not path.is_file():
+        return None
+    trainer.create_optimizer()
+    optimizer = trainer.extrapolated
+    if optimizer is None:
+        raise ValueError(f"{path} belongs to an engine whose state cannot be read in one process.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Directions are of no use to a measurement at x.
+        optimizer.base.load_state_dict({name: value for name, value in state.items() if name != "extrap"})
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read into this run's optimizer: {' '.join(str(error).split())}") from error
+    rate = optimizer.param_groups[0].get("lr")
+    return None if rate is None else float(rate)

@@ -1,0 +1,1 @@
+"""The translation recipe: data, model, tokenization and metric."""

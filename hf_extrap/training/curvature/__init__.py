@@ -1,0 +1,1 @@
+"""Curvature of a model's mean loss: Hessian-vector products and the largest eigenvalue."""

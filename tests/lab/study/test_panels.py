@@ -1,0 +1,74 @@
+"""Axes that one method far out does not flatten, and where it is marked."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_extrap.lab.study.panels import focus, within_fences
+
+
+def triangles(axes: Axes) -> list[tuple[str, float, float, str]]:
+    """Marker, place and colour of each mark at an edge."""
+    return [
+        (str(line.get_marker()), float(line.get_xdata()[0]), float(line.get_ydata()[0]), str(line.get_color()))
+        for line in axes.lines
+        if line.get_marker() in ("^", "v")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "must", "kept"),
+    [
+        # Quartiles 2 and 4 of 1 … 5: the fences are at -4 and 10.
+        ([1, 2, 3, 4, 5], [], (1, 5)),
+        ([1, 2, 4, 3, 10], [], (1, 10)),
+        ([1, 2, 4, 3, 10.1], [], (1, 4)),
+        ([-4.1, 2, 4, 3, 5], [], (2, 5)),
+        ([1, 2, 3, 4, 1000], [-7], (-7, 4)),
+        # No spread to judge by.
+        ([1, 1, 1, 1, 9], [], (1, 9)),
+        ([7], [], (7, 7)),
+    ],
+)
+def test_what_is_not_far_out(values: list[float], must: list[float], kept: tuple[float, float]) -> None:
+    assert within_fences(values, must) == kept
+
+
+def test_no_values_have_no_range() -> None:
+    with pytest.raises(ValueError, match="values is empty"):
+        within_fences([])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_points_far_out_do_not_set_the_axis(sign: int) -> None:
+    axes = Figure().subplots()
+    points = [(float(x), sign * y, "black") for x, y in enumerate((40.0, 41.0, 42.0, 43.0))] + [
+        (2.0, sign * 9e4, "red")
+    ]
+    assert focus(axes, points)
+    low, high = axes.get_ylim()
+    assert (low, high) == (
+        pytest.approx(min(40 * sign, 43 * sign) - 0.3),
+        pytest.approx(max(40 * sign, 43 * sign) + 0.3),
+    )
+    assert triangles(axes) == [("^", 2.0, 1.0, "red") if sign > 0 else ("v", 2.0, 0.0, "red")]
+
+
+def test_on_a_logarithmic_axis_factors_count() -> None:
+    points = [(float(x), math.exp(x), "black") for x in range(8)]
+    linear, logarithmic = Figure().subplots(1, 2)
+    assert not focus(logarithmic, points, logarithmic=True)
+    assert not triangles(logarithmic)
+    # The same points lie far apart as they stand.
+    assert focus(linear, points)
+
+
+def test_without_points_far_out_the_axis_is_left_as_it_is() -> None:
+    axes = Figure().subplots()
+    before = axes.get_ylim()
+    assert not focus(axes, [(0.0, 1.0, "black"), (1.0, 2.0, "black")])
+    assert axes.get_ylim() == before and axes.get_autoscaley_on()

@@ -1,0 +1,123 @@
+"""The formulas of bytes sent and held against what runs count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_extrap import ExtrapConfig, Extrapolated
+from hf_extrap.lab.scale import Collective, communication, memory, sent
+from hf_extrap.lab.scale.arithmetic import FLOAT32, PRESETS
+from hf_extrap.lab.scale.counting import held_bytes
+from hf_extrap.lab.scale.report import line, plan_tables
+from hf_extrap.lab.scale.simulation import measure
+
+PARAMETERS = 6 * 8 + 8 + 8 * 4 + 4
+SCRIPT = Path(__file__).parents[1] / "distributed" / "scale_processes.py"
+
+
+def count(launch: Callable[..., str], processes: int, *engines: str) -> dict[str, dict[str, int]]:
+    out = launch(SCRIPT, *engines, processes=processes)
+    return json.loads(next(line for line in out.splitlines() if line.startswith("COUNTED"))[8:])
+
+
+def on_paper(engine: str, preset: str, ranks: int) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in communication(engine, preset, PARAMETERS, ranks, FLOAT32, node=2):
+        for collective in part:
+            total[collective.kind] += int(collective.size)
+    return dict(total)
+
+
+@pytest.mark.distributed
+def test_ddp_and_fsdp2_communicate_what_the_formulas_say(
+    launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = count(launch, 2, "ddp", "zero3")
+    assert counted == {cell: on_paper(*cell.split(), 2) for cell in counted} and len(counted) == 12
+    for preset in ("extrap-past", "past-update", "gaussian", "optimistic", "extrap"):
+        assert counted[f"ddp {preset}"] == counted["ddp none"] == {"all_reduce": 4 * PARAMETERS}
+    assert counted["ddp extragradient"] == {"all_reduce": 2 * 4 * PARAMETERS}
+
+
+@pytest.mark.distributed
+def test_hsdp_communicates_what_the_formulas_say(launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = count(launch, 4, "hsdp")
+    assert counted == {f"hsdp {preset}": on_paper("hsdp", preset, 4) for preset in PRESETS}
+
+
+@pytest.mark.distributed
+def test_zero_communicates_what_the_formulas_say(launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    counted = count(launch, 2, "zero1", "zero2")
+    assert len(counted) == 2 * len(PRESETS)
+    for cell, sizes in counted.items():
+        paper = on_paper(*cell.split(), 2)
+        # On gloo DeepSpeed averages with an all-reduce in the place of the reduce-scatter; 4 bytes are one float.
+        reduced = paper["reduce_scatter"] + paper.get("all_reduce", 0)
+        assert sizes == {"all_reduce": reduced + 4, "all_gather": paper["all_gather"]}, cell
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_process_holds_what_the_formulas_say(preset: str, workers: int, swap: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    config = ExtrapConfig.preset(preset, swap=swap)
+    optimizer = Extrapolated(torch.optim.AdamW(model.parameters()), config, virtual_workers=workers)
+    for _ in range(4):
+        for worker in range(workers):
+            if optimizer.wants_probe:
+                with optimizer.probing(worker=worker):
+                    model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.train(worker=worker)
+            model(torch.randn(4, 6)).square().mean().backward()
+        held = held_bytes(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    paper = memory("ddp", preset, PARAMETERS, 1, FLOAT32, virtual_workers=workers, swap=swap)
+    assert held == {"x": paper["x"], "directions": paper["directions"], "host": 0}
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    assert sum(t.numel() * t.element_size() for t in states) == paper["optimizer"]
+
+
+def test_ring_all_reduce_is_reduce_scatter_and_all_gather() -> None:
+    parts = [Collective("reduce_scatter", 800, 8), Collective("all_gather", 800, 8)]
+    assert sent([Collective("all_reduce", 800, 8)]) == sent(parts) == 2 * 700
+
+
+def test_sixteen_bytes_a_parameter_are_sharded_as_in_the_paper() -> None:
+    # Rajbhandari et al. 2020, figure 1: 7.5 B parameters on 64 GPUs.
+    held = {engine: sum(memory(engine, "none", 7_500_000_000, 64).values()) / 1e9 for engine in ("ddp", "zero1")}
+    held |= {engine: sum(memory(engine, "none", 7_500_000_000, 64).values()) / 1e9 for engine in ("zero2", "zero3")}
+    assert held == pytest.approx({"ddp": 120, "zero1": 31.4, "zero2": 16.6, "zero3": 1.9}, abs=0.05)
+
+
+def test_what_an_engine_cannot_do_has_no_number() -> None:
+    with pytest.raises(ValueError, match="'extrap-past', whose directions are local"):
+        communication("zero3", "extrap-past", 10, 8)
+    with pytest.raises(ValueError, match="ranks is 12 and node is 8"):
+        memory("hsdp", "none", 10, 12)
+    with pytest.raises(ValueError, match="engine is 'fsdp1'; allowed: ddp, zero1"):
+        communication("fsdp1", "none", 10, 8)
+    assert plan_tables(1_500_000_000, (8,)).count("| `extrap-past`, `extrap` | refused |") == 2
+
+
+def test_a_line_is_found() -> None:
+    assert line([1, 4, 16], [5.0, 11.0, 35.0]) == pytest.approx((3.0, 2.0))
+
+
+def test_memory_of_virtual_workers_grows_by_what_the_formula_says() -> None:
+    few, many = (measure("extrap-past", workers, steps=1, width=256) for workers in (4, 36))
+    paper = 32 * 4 * few["parameters"]
+    assert many["held"]["directions"] - few["held"]["directions"] == paper
+    assert many["peak_bytes"] - few["peak_bytes"] == pytest.approx(paper, rel=0.15)
+    host = measure("extrap-past, on the host", 4, steps=1, width=256)["held"]
+    assert host == {**few["held"], "directions": 2 * 4 * few["parameters"], "host": few["held"]["directions"]}

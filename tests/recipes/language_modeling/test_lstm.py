@@ -1,0 +1,202 @@
+"""The LSTM as a model of the library: state, labels, generation, saving, Auto classes, pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+from hf_extrap.recipes.language_modeling.text import word_level_tokenizer
+from hf_extrap.recipes.models import ExtrapLstmConfig, ExtrapLstmForCausalLM, ExtrapLstmModel
+
+VOCABULARY = 30
+
+
+def make_model(**overrides: object) -> ExtrapLstmForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "embedding_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "dropout": 0.0}
+    # A wide range makes predictions differ enough that a wrong state shows in the tokens.
+    config = ExtrapLstmConfig(**{**shape, "initializer_range": 2.0, "eos_token_id": 1, "pad_token_id": 1, **overrides})
+    return ExtrapLstmForCausalLM(config).eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_loss_is_shifted_inside_and_equals_naive() -> None:
+    model, ids = make_model(), tokens(3, 8)
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    output = model(input_ids=ids, labels=labels)
+    expected = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)
+    assert output.logits is None
+    assert output.token_losses.shape == (3, 7)
+    own = torch.autograd.grad(output.loss, list(model.parameters()))
+    for mine, naive in zip(own, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-5)
+
+
+def test_overlapping_chunks_with_carried_state_equal_one_pass() -> None:
+    model, ids = make_model(), tokens(2, 13)
+    whole = model(input_ids=ids, labels=ids).token_losses
+    parts, state = [], None
+    for start in (0, 4, 8):
+        chunk = ids[:, start : start + 5]
+        output = model(input_ids=chunk, labels=chunk, cache_params=state)
+        state = output.cache_params
+        parts.append(output.token_losses)
+    assert state[0].shape == state[1].shape == (2, 2, 16)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_padding_leaves_the_state_unchanged() -> None:
+    model, ids = make_model(), tokens(1, 5)
+    alone = model(input_ids=ids)
+    padded = torch.cat([torch.ones(1, 3, dtype=torch.long), ids, torch.ones(1, 2, dtype=torch.long)], 1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 0, 0]])
+    among = model(input_ids=torch.cat([padded, tokens(1, 10)]), attention_mask=torch.cat([mask, torch.ones(1, 10)]))
+    torch.testing.assert_close(among.logits[:1, 3:8], alone.logits)
+    for own, expected in zip(among.cache_params, alone.cache_params, strict=True):
+        torch.testing.assert_close(own[:, :1], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_beams": 2, "do_sample": True}]
+)
+def test_generate_with_and_without_cache(options: dict[str, object]) -> None:
+    model, ids = make_model(), tokens(2, 4)
+    generated = []
+    for use_cache in (True, False):
+        set_seed(0)
+        generated.append(model.generate(ids, max_new_tokens=12, use_cache=use_cache, **options))
+    assert torch.equal(generated[0], generated[1])
+    assert generated[0].shape[1] > 4
+
+
+def test_cache_is_used_and_each_step_reads_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = make_model(eos_token_id=None), []
+    read = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **kw: lengths.append(kw["input_ids"].shape[1]) or read(**kw))
+    model.generate(tokens(1, 6), max_new_tokens=3, do_sample=False)
+    assert lengths == [6, 1, 1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_left_padded_batch_generates_what_each_prompt_does_alone(num_beams: int) -> None:
+    model = make_model(eos_token_id=None)
+    long, short = tokens(1, 6), tokens(1, 3) - 1
+    batch = torch.cat([long, torch.cat([torch.ones(1, 3, dtype=torch.long), short], 1)])
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": num_beams, "pad_token_id": 1}
+    together = model.generate(batch, attention_mask=mask, **options)
+    assert torch.equal(together[0], model.generate(long, **options)[0])
+    assert torch.equal(together[1, 3:], model.generate(short, **options)[0])
+
+
+def test_reorder_cache_selects_rows() -> None:
+    state = (torch.arange(6.0).view(1, 3, 2), torch.arange(6.0, 12).view(1, 3, 2))
+    reordered = make_model().reorder_cache(state, torch.tensor([2, 0, 0]))
+    assert reordered[0].tolist() == [[[4, 5], [0, 1], [0, 1]]]
+    assert reordered[1].tolist() == [[[10, 11], [6, 7], [6, 7]]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_load_auto_classes_and_tied_weights(tmp_path: Path, tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embeddings.weight) is tied
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "extrap_lstm"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is ExtrapLstmForCausalLM
+    assert (loaded.lm_head.weight is loaded.model.embeddings.weight) is tied
+    ids = tokens(2, 5)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(base) is ExtrapLstmModel
+    assert torch.equal(base(input_ids=ids).last_hidden_state, model.model(input_ids=ids).last_hidden_state)
+
+
+def test_parameter_count() -> None:
+    model = ExtrapLstmForCausalLM(ExtrapLstmConfig(embedding_size=200, hidden_size=200, num_hidden_layers=2))
+    assert model.num_parameters() == 33278 * 200 + 33278 + 2 * (4 * 200 * 400 + 8 * 200)
+
+
+def test_embeddings_of_inputs() -> None:
+    model, ids = make_model(), tokens(2, 5)
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(input_ids=ids).logits)
+    assert torch.equal(model(input_ids=ids, logits_to_keep=2).logits, model(input_ids=ids).logits[:, -2:])
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"w{i}" for i in range(2, VOCABULARY))}]
+    tokenizer = word_level_tokenizer({"train": rows})
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    (answer,) = generator("w3 w4", max_new_tokens=5, do_sample=False)
+    words = answer["generated_text"].split(" ")
+    assert words[:2] == ["w3", "w4"]
+    expected = model.generate(tokenizer("w3 w4", return_tensors="pt").input_ids, max_new_tokens=5, do_sample=False)
+    assert words == tokenizer.convert_ids_to_tokens([i for i in expected[0].tolist() if i != 1])
+
+
+def test_trainer_gradient_has_the_scale_of_the_mean_loss(tmp_path: Path) -> None:
+    """Two accumulated batches of one give the gradient of one batch of two."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(2, 6)]
+    moved = []
+    for batch, accumulation in ((2, 1), (1, 2)):
+        model = make_model()
+        before = model.lm_head.bias.detach().clone()
+        arguments = TrainingArguments(
+            str(tmp_path / str(batch)),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        moved.append(model.lm_head.bias.detach() - before)
+    assert moved[0].norm() > 1e-3
+    torch.testing.assert_close(moved[0], moved[1], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 0, "embedding_size": 0}, "at least 1"),
+        ({"dropout": 1.0}, r"in \[0, 1\)"),
+        ({"embedding_size": 8, "hidden_size": 16}, "tied embeddings need"),
+    ],
+)
+def test_bad_configuration(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExtrapLstmConfig(**fields)
+
+
+def test_bad_input() -> None:
+    model, ids = make_model(), tokens(2, 5)
+    with pytest.raises(ValueError, match="they must be equal"):
+        model(input_ids=ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match="not both"):
+        model()

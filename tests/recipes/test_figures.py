@@ -1,0 +1,63 @@
+"""Figures hold the data they are said to hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+
+from hf_extrap.recipes.figures import COLOURS, draw_comparison, draw_curves, series
+
+ROWS = [
+    *({"step": s, "loss": 5 - s / 10, "learning_rate": 0.1, "extrap/step_size": 0.02} for s in range(1, 11)),
+    {"step": 5, "eval_loss": 4.6, "eval_perplexity": 99.5},
+    {"step": 8, "eval_loss": 4.4, "eval_perplexity": 81.5},
+    {"step": 10, "eval_loss": 4.2, "eval_perplexity": None},
+]
+
+
+def has_colour(path: Path, colour: str, least: int = 20) -> bool:
+    pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.abs(pixels - wanted).max(axis=-1) < 8).sum()) >= least
+
+
+def test_series_leave_out_what_is_not_a_number() -> None:
+    assert series(ROWS, "eval_perplexity") == ([5, 8], [99.5, 81.5])
+    assert series(ROWS, "missing") == ([], [])
+
+
+def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
+    drawn = draw_curves(ROWS, "perplexity", tmp_path / "curves.png", "a title")
+    assert drawn == ["Loss", "Validation perplexity, at x", "Learning rate", "Extrapolation step size"]
+    assert has_colour(tmp_path / "curves.png", COLOURS[0])
+    assert has_colour(tmp_path / "curves.png", COLOURS[1])
+    width = matplotlib.image.imread(tmp_path / "curves.png").shape[1]
+    assert 1000 <= width <= 1200
+
+
+def test_what_stays_at_zero_is_no_curve(tmp_path: Path) -> None:
+    rows = [{**row, "extrap/displacement_norm": 0.0} for row in ROWS]
+    assert "Displacement ‖x − y‖" not in draw_curves(rows, "perplexity", tmp_path / "curves.png")
+
+
+def test_one_evaluation_is_no_curve(tmp_path: Path) -> None:
+    drawn = draw_curves(ROWS[:11], "perplexity", tmp_path / "curves.png")
+    assert drawn == ["Loss", "Learning rate", "Extrapolation step size"]
+
+
+def test_a_history_without_numbers_still_gives_a_figure(tmp_path: Path) -> None:
+    assert draw_curves([], "bleu", tmp_path / "curves.png") == []
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_a_comparison_draws_a_line_for_each_preset(tmp_path: Path) -> None:
+    lines = {
+        name: [[{"step": s, "eval_bleu": k + s + seed} for s in (1, 2, 3)] for seed in (0, 1)]
+        for k, name in enumerate(("none", "extrap"))
+    }
+    points = {"none": [(0.1, 1.0, 0.1), (0.2, 2.0, 0.1)], "extrap": [(0.1, 3.0, 0.2)]}
+    draw_comparison(lines, "bleu", tmp_path / "compare.png", points, target=2.5)
+    assert has_colour(tmp_path / "compare.png", COLOURS[0])
+    assert has_colour(tmp_path / "compare.png", COLOURS[1])

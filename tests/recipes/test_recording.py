@@ -1,0 +1,58 @@
+"""What is written down while a run goes on: the time of each step, and the part of it that waits for data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from hf_extrap.recipes.recording import RunRecorder
+from hf_extrap.recipes.run_folder import RunFolder
+
+
+def recorded(tmp_path: Path, events: list[tuple[float, str]], monkeypatch: pytest.MonkeyPatch) -> RunRecorder:
+    """A recorder that has seen these events, each at its second."""
+    recorder = RunRecorder(RunFolder(tmp_path))
+    state, control = TrainerState(max_steps=5), TrainerControl()
+    for second, event in events:
+        monkeypatch.setattr("time.perf_counter", lambda second=second: second)
+        state.global_step += event == "step_end"
+        getattr(recorder, f"on_{event}")(SimpleNamespace(), state, control)
+    return recorder
+
+
+STEPS: list[tuple[float, Any]] = [
+    (10.0, "step_begin"),
+    (14.0, "step_end"),
+    (14.5, "step_begin"),
+    (16.5, "step_end"),
+    (17.5, "step_begin"),
+    (19.5, "step_end"),
+]
+
+
+def test_a_step_is_timed_with_its_wait_and_the_first_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = recorded(tmp_path, [*STEPS, (20.0, "step_begin"), (22.0, "step_end")], monkeypatch)
+    assert recorder.intervals == [4.5, 3.0, 2.5] and recorder.waits == [0.5, 1.0, 0.5]
+    assert recorder.seconds_per_step == 2.75
+    assert recorder.data_seconds_per_step == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("event", "intervals"), [("log", [4.5, 3.0, 9.5]), ("evaluate", [4.5, 3.0]), ("save", [4.5, 3.0])]
+)
+def test_what_lies_between_two_steps_is_no_wait(
+    tmp_path: Path, event: str, intervals: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = recorded(tmp_path, [*STEPS, (20.0, event), (27.0, "step_begin"), (28.0, "step_end")], monkeypatch)
+    assert recorder.waits == [0.5, 1.0] and recorder.intervals == intervals
+
+
+def test_nothing_is_known_before_the_second_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = recorded(tmp_path, STEPS[:2], monkeypatch)
+    assert recorder.seconds_per_step is None and recorder.data_seconds_per_step is None

@@ -1,0 +1,299 @@
+"""One run, end to end: what it leaves, that it resumes bit for bit, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_extrap.cli import main
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.recipes import recording
+from hf_extrap.recipes.configuration import resolve
+from hf_extrap.recipes.models import ExtrapLstmForCausalLM
+from hf_extrap.recipes.recording import parameter_checksum, replicas_agree
+from hf_extrap.recipes.run_folder import RunFolder
+
+TIMES = ("runtime", "per_second")
+
+
+def train(config: Path, folder: Path, *words: str) -> dict[str, Any]:
+    """Train through the command line, in this process; the content of metrics.json."""
+    assert main(["train", str(config), "--output_dir", str(folder), *words]) == 0
+    return RunFolder(folder).read_metrics()
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The sentence on stderr of a run that is refused."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not any(time in name for time in TIMES)}
+
+
+def cut_off(run: Path, into: Path, step: int) -> None:
+    """What a kill after the checkpoint of this step would have left."""
+    into.mkdir()
+    shutil.copy(run / "run.json", into)
+    shutil.copytree(run / f"checkpoint-{step}", into / f"checkpoint-{step}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_translation: Path) -> Path:
+    """The folder of a finished run, shared by the tests that only read it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_translation, folder, "--extrap", "extrap", "--extrap_virtual_workers", "2")
+    return folder
+
+
+def test_metrics_tell_what_was_run(finished: Path) -> None:
+    metrics = RunFolder(finished).read_metrics()
+    assert (metrics["status"], metrics["task"], metrics["preset"]) == ("finished", "translation", "extrap")
+    assert ExtrapConfig.from_dict(metrics["extrap"]) == ExtrapConfig.preset("extrap", seed=42)
+    assert (metrics["steps"], metrics["world_size"], metrics["virtual_workers"], metrics["global_batch"]) == (
+        6,
+        1,
+        2,
+        2,
+    )
+    assert metrics["optimizer"] == "AdamW"
+    assert metrics["ranks_identical"] is True
+    assert metrics["peak_learning_rate"] == pytest.approx(3e-3)
+    assert metrics["eval"]["eval_bleu"] >= 0 and metrics["test"]["test_bleu"] >= 0
+    assert metrics["test"]["num_beams"] == 2
+    assert metrics["seconds_per_step"] > 0
+    # Every step is logged.
+    assert metrics["data_seconds_per_step"] is None
+    tokens_per_batch = metrics["facts"]["target_tokens_per_batch"]
+    assert metrics["global_batch_units"] == pytest.approx(2 * tokens_per_batch)
+    # Two micro-batches a step; an epoch may end on a shorter one.
+    expected = 2 * tokens_per_batch / metrics["seconds_per_step"]
+    assert metrics["tokens_per_second"] == pytest.approx(expected, rel=0.3)
+    assert metrics["command"].startswith("hf-extrap train ") and "--extrap extrap" in metrics["command"]
+    assert metrics["arguments"]["learning_rate"] == 3e-3
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_warned_of_where_the_cpu_lacks_it(
+    tiny_translation: Path,
+    able: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("hf_extrap.recipes.run.cpu_has_bf16", lambda: able)
+    train(tiny_translation, tmp_path / "run", "--bf16", "true", "--max_steps", "1")
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_extrap.recipes.run"]
+    assert [("bf16" in message, "--bf16 false" in message) for message in said] == [(True, True)] * (not able)
+
+
+def test_an_lstm_in_bf16_is_refused_where_the_cpu_lacks_it(
+    tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hf_extrap.recipes.run.cpu_has_bf16", lambda: False)
+    words = ("train", tiny_language_model, "--output_dir", tmp_path / "run", "--bf16", "true")
+    assert "no LSTM in bf16 for this CPU; allowed: --bf16 false." in error_of(capsys, *words)
+
+
+def test_history_has_every_step_and_every_evaluation(finished: Path) -> None:
+    rows = RunFolder(finished).read_history()
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval_bleu" in row] == [3, 6]
+    # The first step has no earlier one to take its length from.
+    assert [row["extrap/displacement_norm"] > 0 for row in rows if "loss" in row] == [False, *[True] * 5]
+    metrics = RunFolder(finished).read_metrics()
+    assert metrics["eval"]["eval_loss"] == [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+
+
+def test_the_model_and_its_tokenizer_load_from_the_folder(finished: Path) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(finished)
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    written = model.generate(**tokenizer("two days", return_tensors="pt"), max_length=8, num_beams=1)
+    assert 1 < written.shape[1] <= 8
+    assert model.num_parameters() == RunFolder(finished).read_metrics()["facts"]["parameters"]
+
+
+def test_the_card_is_valid_and_says_what_the_metrics_say(finished: Path) -> None:
+    card, metrics = ModelCard.load(finished / "README.md"), RunFolder(finished).read_metrics()
+    results = {result.dataset_split: result for result in card.data.eval_results}
+    assert results["validation"].metric_value == round(metrics["eval"]["eval_bleu"], 4)
+    assert results["test"].metric_value == round(metrics["test"]["test_bleu"], 4)
+    assert card.data.language == ["en", "de"]
+    assert {"hf_extrap", "arxiv:2006.05720", "extrap:extrap"} <= set(card.data.tags)
+    text = card.content
+    assert "independent implementation" in text and "2006.05720" in text and "| base optimizer | AdamW |" in text
+    fields = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert fields == metrics["extrap"]
+    assert metrics["command"] in text
+    assert (finished / text.split("![Training curves](")[1].split(")")[0]).is_file()
+    # No cell and no table is broken by what was filled in.
+    for line in text.splitlines():
+        if line.startswith("|") and "validation BLEU" not in line and "test BLEU" not in line and "loss" not in line:
+            cells = line.replace("\\|", "").strip("|").split("|")
+            assert len(cells) in (2, 3), line
+
+
+def test_a_resumed_run_equals_the_one_that_was_never_stopped(
+    finished: Path, tiny_translation: Path, tmp_path: Path
+) -> None:
+    cut_off(finished, tmp_path / "resumed", step=3)
+    words = ("--extrap", "extrap", "--extrap_virtual_workers", "2", "--resume_from_checkpoint", "true")
+    metrics = train(tiny_translation, tmp_path / "resumed", *words)
+    whole = RunFolder(finished)
+    assert metrics["resumed_from"] == "checkpoint-3"
+    assert (tmp_path / "resumed/model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    for name in ("eval", "test"):
+        assert without_times(metrics[name]) == without_times(whole.read_metrics()[name])
+    rows = [without_times(row) for row in RunFolder(tmp_path / "resumed").read_history() if "train_loss" not in row]
+    assert rows == [without_times(row) for row in whole.read_history() if "train_loss" not in row]
+
+
+def test_the_folder_of_another_run_is_refused(
+    finished: Path, tiny_translation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.json").read_bytes()
+    base = ("train", tiny_translation, "--output_dir", finished, "--extrap_virtual_workers", 2)
+    assert "holds another run: its extrap is 'extrap', not 'sam'" in error_of(capsys, *base, "--extrap", "sam")
+    assert "holds this run, finished" in error_of(capsys, *base, "--extrap", "extrap")
+    assert (finished / "metrics.json").read_bytes() == before
+
+
+def test_the_checkpoint_of_another_model_is_refused(
+    finished: Path, tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--d_model", 32, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", finished / "checkpoint-3")
+    sentence = error_of(capsys, "train", tiny_translation, *words)
+    assert "checkpoint-3 is of another model" in sentence and "has shape" in sentence
+
+
+def test_a_checkpoint_that_was_cut_off_in_the_middle_is_not_resumed(
+    finished: Path, tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_off(finished, tmp_path / "run", step=3)
+    (tmp_path / "run/checkpoint-3/trainer_state.json").unlink()
+    words = ("--extrap", "extrap", "--extrap_virtual_workers", 2, "--resume_from_checkpoint", "true")
+    sentence = error_of(capsys, "train", tiny_translation, "--output_dir", tmp_path / "run", *words)
+    assert "holds no checkpoint to resume from" in sentence
+
+
+def test_a_diverged_run_says_so(tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--learning_rate", "1e30", "--optim", "sgd", "--max_grad_norm", "0", "--max_steps", "3")
+    metrics = train(tiny_translation, tmp_path / "run", *words)
+    assert metrics["status"] == "diverged"
+    assert "The run diverged" in capsys.readouterr().out
+    assert "This run diverged" in (tmp_path / "run/README.md").read_text()
+
+
+def test_a_language_model_learns_loads_and_resumes(
+    tiny_language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--extrap", "extrap-past", "--extrap_virtual_workers", "2")
+    whole = train(tiny_language_model, tmp_path / "whole", *words)
+    # Before training it guesses among 200 words.
+    assert 150 < whole["untrained"]["untrained_perplexity"] < 260
+    assert whole["eval"]["eval_perplexity"] < whole["untrained"]["untrained_perplexity"] - 5
+    assert whole["eval"]["eval_perplexity"] == pytest.approx(math.exp(whole["eval"]["eval_loss"]), rel=0.02)
+    assert "validation perplexity" in capsys.readouterr().out
+    assert "import hf_extrap.recipes.models" in (tmp_path / "whole/README.md").read_text()
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ExtrapLstmForCausalLM)
+
+    cut_off(tmp_path / "whole", tmp_path / "resumed", step=3)
+    resumed = train(tiny_language_model, tmp_path / "resumed", *words, "--resume_from_checkpoint", "true")
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert same[0] == same[1]
+    assert resumed["test"]["test_perplexity"] == whole["test"]["test_perplexity"]
+    assert resumed["untrained"] == whole["untrained"]
+
+
+def test_without_a_configuration_the_built_in_language_model_is_trained(tmp_path: Path) -> None:
+    found = resolve(None, ["--output_dir", str(tmp_path)])
+    assert (found.task.name, found.task_arguments.dataset) == ("language_modeling", "builtin")
+    assert resolve(None).training_arguments.output_dir == "runs/language_modeling-none-42"
+
+
+@pytest.mark.distributed
+def test_two_processes_train_one_model(tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str]) -> None:
+    words = ("train", tiny_language_model, "--extrap", "extrap", "--dropout", "0", "--output_dir", tmp_path / "run")
+    shown = launch("-m", "hf_extrap", *words, processes=2)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["world_size"] == 2
+    assert metrics["ranks_identical"] is True
+    assert (metrics["steps"], metrics["global_batch"]) == (6, 8)
+    # One of them speaks.
+    assert shown.count("validation perplexity") == 1 and "processes ended with the same weights" in shown
+    # Without dropout, whose masks differ, one process that plays two workers follows the same path, to rounding.
+    words = (
+        "--extrap",
+        "extrap",
+        "--dropout",
+        "0",
+        "--extrap_virtual_workers",
+        "2",
+        "--per_device_eval_batch_size",
+        "8",
+    )
+    virtual = train(tiny_language_model, tmp_path / "virtual", *words)
+    assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=1e-5)
+
+
+def test_replicas_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    ours = parameter_checksum(model)
+    monkeypatch.setattr(recording, "gather_object", lambda sums: [*sums, ours])
+    assert replicas_agree(model)
+    with torch.no_grad():
+        model.bias[1] = torch.nextafter(model.bias[1], torch.tensor(9.0))
+    assert not replicas_agree(model)
+
+
+@pytest.mark.distributed
+def test_an_error_in_two_processes_is_told_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
+    shown = launch("-m", "hf_extrap", "train", tiny_translation, "--extrap", "bogus", processes=2, expect=1)
+    assert shown.count("hf-extrap: error: extrap preset is 'bogus'") == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("stage", "preset"), [pytest.param(2, "extrap-past", marks=pytest.mark.matrix), (3, "optimistic")]
+)
+def test_deepspeed_trains_the_same_model(
+    tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str], stage: int, preset: str
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    zero = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    words = ("--extrap", preset, "--dropout", "0")
+    launch(
+        Path(__file__).parents[1] / "support" / "cpu_deepspeed.py",
+        *("train", tiny_language_model, *words, "--output_dir", tmp_path / "zero"),
+        *("--deepspeed", tmp_path / "zero.json"),
+        processes=2,
+    )
+    metrics = json.loads((tmp_path / "zero/metrics.json").read_text())
+    assert (metrics["world_size"], metrics["optimizer"]) == (2, "SGD")
+    assert metrics["ranks_identical"] is (True if stage == 2 else None)
+    words = (*words, "--extrap_virtual_workers", "2", "--per_device_eval_batch_size", "8")
+    virtual = train(tiny_language_model, tmp_path / "virtual", *words)
+    # Stage 3 draws the weights where they are cut up, from other random numbers.
+    tolerance = 1e-5 if stage == 2 else 0.05
+    assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=tolerance)
+    assert virtual["facts"] == metrics["facts"]

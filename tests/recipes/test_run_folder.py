@@ -1,0 +1,120 @@
+"""What a run leaves: atomic files, numbers that JSON can hold, and folders that refuse another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_extrap.recipes.run_folder import RunFolder, different_fields, read_json, versions, write_json
+
+
+def begin(folder: Path, **arguments: object) -> RunFolder:
+    run = RunFolder(folder)
+    run.write_configuration({"arguments": arguments})
+    return run
+
+
+def add_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    if complete:
+        (checkpoint / "trainer_state.json").write_text("{}")
+    return checkpoint
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    values = {"a": float("nan"), "b": [float("inf"), 1.5], "c": torch.tensor(2), "d": IntervalStrategy.EPOCH, "e": True}
+    write_json(tmp_path / "x.json", values)
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": 2,
+        "d": "epoch",
+        "e": True,
+    }
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "x.json", {"old": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(tmp_path / "x.json", {"new": 2})
+    assert read_json(tmp_path / "x.json") == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_history_comes_back_as_it_was_logged(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": float("inf")}]
+    folder = RunFolder(tmp_path / "run")
+    folder.write_history(rows)
+    assert folder.read_history() == [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": None}]
+    assert RunFolder(tmp_path / "none").read_history() == []
+
+
+def test_the_last_checkpoint_is_the_highest_complete_one(tmp_path: Path) -> None:
+    add_checkpoint(tmp_path, 9)
+    add_checkpoint(tmp_path, 10)
+    add_checkpoint(tmp_path, 11, complete=False)
+    assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoint-10"
+
+
+def test_empty_and_missing_folders_are_welcome(tmp_path: Path) -> None:
+    RunFolder(tmp_path).check({"seed": 1}, resume=False)
+    RunFolder(tmp_path / "new").check({"seed": 1}, resume=False)
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        RunFolder(tmp_path).check({"seed": 1}, resume=False)
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder(tmp_path / "thesis.tex").check({"seed": 1}, resume=False)
+
+
+def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
+    folder = begin(tmp_path, seed=1, learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"another run: its learning_rate is 0\.1, not 0\.2"):
+        folder.check({"seed": 1, "learning_rate": 0.2}, resume=True)
+
+
+def test_a_run_that_was_cut_off_may_go_on_and_not_start_again(tmp_path: Path) -> None:
+    folder = begin(tmp_path, seed=1)
+    folder.check({"seed": 1}, resume=False)
+    add_checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match="up to checkpoint-5; go on with --resume_from_checkpoint true"):
+        folder.check({"seed": 1}, resume=False)
+    folder.check({"seed": 1, "resume_from_checkpoint": "true"}, resume=True)
+
+
+def test_a_finished_run_is_refused(tmp_path: Path) -> None:
+    folder = begin(tmp_path, seed=1)
+    folder.write_metrics({"status": "finished"})
+    with pytest.raises(ValueError, match="holds this run, finished"):
+        folder.check({"seed": 1}, resume=True)
+
+
+def test_fields_that_only_name_a_place_make_no_other_run() -> None:
+    assert different_fields({"output_dir": "a", "seed": 1}, {"output_dir": "b", "seed": 1, "use_cpu": True}) == []
+    assert different_fields({"seed": 1, "b": 1}, {"seed": 2, "a": 1}) == ["a", "b", "seed"]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is not valid JSON"):
+        RunFolder(tmp_path).read_configuration()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.json does not exist"):
+        RunFolder(tmp_path).read_metrics()
+
+
+def test_versions_name_what_decides_the_numbers() -> None:
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert {"python", "transformers", "accelerate", "datasets", "hf_extrap"} <= set(found)

@@ -1,0 +1,83 @@
+"""Base optimizers by name: what LARS and LAMB do by hand, and the Trainer with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_extrap.training.model_card import optimizer_name
+from hf_extrap.training.optimizers import base_optimizer, parse_arguments
+from tests.support.tiny_trainer import arguments, train, weights
+
+STOCK = "adamw_torch_fused"
+
+
+def stepped(folder: Path, name: str, values: list[Any], grads: list[Any], decay: float, **fields: Any) -> list[Any]:
+    args = arguments(folder, base_optimizer=name, optim=STOCK, learning_rate=0.1, **fields)
+    params = [torch.nn.Parameter(torch.tensor(value)) for value in values]
+    kind, kwargs = base_optimizer(args, name)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = torch.tensor(g)
+    kind(params, **kwargs, weight_decay=decay).step()
+    return [p.detach() for p in params]
+
+
+def test_lars_scales_matrices_by_their_norms_and_leaves_vectors_to_sgd(tmp_path: Path) -> None:
+    given = "momentum=0.9,trust_coefficient=0.02"
+    matrix, vector = stepped(
+        tmp_path, "lars", [[[3.0, 4.0]], [3.0, 4.0]], [[[0.0, 2.0]], [0.0, 2.0]], 0.1, optim_args=given
+    )
+    # 0.02 · 5 / (2 + 0.1 · 5) = 0.04, times g + 0.1 w = (0.3, 2.4).
+    assert torch.allclose(matrix, torch.tensor([[3 - 0.1 * 0.04 * 0.3, 4 - 0.1 * 0.04 * 2.4]]), atol=1e-7)
+    assert torch.allclose(vector, torch.tensor([3.0, 3.8]))
+
+
+def test_lamb_steps_each_tensor_by_its_norm_vectors_too(tmp_path: Path) -> None:
+    matrix, vector = stepped(tmp_path, "lamb", [[[3.0, 4.0]], [6.0, 8.0]], [[[0.0, 2.0]], [5.0, 0.0]], 0.0)
+    assert torch.allclose(matrix, torch.tensor([[3.0, 4 - 0.1 * 5]]), atol=1e-5)
+    assert torch.allclose(vector, torch.tensor([6 - 0.1 * 10, 8.0]), atol=1e-5)
+
+
+def test_torch_comes_first_and_takes_the_adam_fields(tmp_path: Path) -> None:
+    kind, kwargs = base_optimizer(arguments(tmp_path, adam_beta2=0.98, adam_epsilon=1e-9), "nadam")
+    assert kind is torch.optim.NAdam
+    assert (kwargs["betas"], kwargs["eps"], kwargs["decoupled_weight_decay"]) == ((0.9, 0.98), 1e-9, True)
+
+
+def test_arguments_are_literals() -> None:
+    assert parse_arguments("betas=(0.9, 0.98),nesterov=true,eps=1e-8") == {
+        "betas": (0.9, 0.98),
+        "nesterov": True,
+        "eps": 1e-8,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"base_optimizer": "larz"}, "base_optimizer is 'larz'; allowed: lars"),
+        (
+            {"base_optimizer": "lars", "optim_args": "momentun=0.9"},
+            "'momentun', which 'lars' does not take; allowed: mom",
+        ),
+        ({"base_optimizer": "lars", "optim_args": "0.9"}, "optim_args is '0.9'; allowed: name=value"),
+        ({"base_optimizer": "lars", "optim": "sgd"}, "allowed: one of them"),
+    ],
+)
+def test_bad_names_are_refused_in_one_sentence(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        arguments(tmp_path, **{"optim": STOCK, **fields})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb", "nadam"])
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path, name: str) -> None:
+    fields = {"base_optimizer": name, "optim": STOCK, "extrap": "extrap-past", "weight_decay": 0.1}
+    whole = train(tmp_path, save_strategy="steps", save_steps=3, **fields)
+    resumed = train(tmp_path, resume=str(tmp_path / "checkpoint-3"), **fields)
+    assert optimizer_name(whole.optimizer).lower() == name
+    assert sorted(group["weight_decay"] for group in whole.optimizer.param_groups) == [0.0, 0.1]
+    assert torch.equal(weights(whole), weights(resumed))
