@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_extrap import ExtrapConfig, Extrapolated
-from hf_extrap.optim.processes import let_gloo_finish
+from hf_extrap.optim.distributed import let_gloo_finish
 
 CONTEXT, BATCH = 16, 256
 

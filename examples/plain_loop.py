@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_extrap import ExtrapConfig, Extrapolated
-from hf_extrap.optim.processes import let_gloo_finish
+from hf_extrap.optim.distributed import let_gloo_finish
 
 CONTEXT = 16
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from .batch_norm import batch_norms, running_statistics_kept
-from .displacement import copy_
-from .engines import check_known
 from .extrapolated import Extrapolated
-from .memory import Buffers
+from .foreach import copy_
+from .probing import random_state_kept
 
 MicroBatch = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -58,25 +57,20 @@ class BatchedWorkers:
 
     def probe(self, batches: Sequence[MicroBatch]) -> None:
         """Take the fresh directions of all workers at x; `.grad` and the random state are left as they are."""
-        optimizer = self.optimizer
-        local = optimizer.config.is_local
-        optimizer.rest()
-        check_known(optimizer._engine, optimizer._given)
-        optimizer._base_trains()
-        with optimizer._random_state_kept(), running_statistics_kept(self.model):
-            points = [p.expand(len(batches), *p.shape) if local else p for p in optimizer._params()]
+        optimizer, direction = self.optimizer, self.optimizer.scheme.direction
+        local = direction.local
+        optimizer.restore()
+        params = optimizer.engine.params()
+        with random_state_kept(params, optimizer.config.batch != "independent"), running_statistics_kept(self.model):
+            points = [p.expand(len(batches), *p.shape) if local else p for p in params]
             _, gradients = self._pass(points, local, batches)
-        memory = optimizer._memory
-        if local:
-            for worker in range(len(batches)):
-                memory.directions[worker] = [_of_worker(g, worker, memory.dtype) for g in gradients]
-                optimizer._probed.add(worker)
-        else:
-            memory.store(0, [None if g is None else g * optimizer.loss_scale for g in gradients])
-            optimizer._probed.add(0)
+        for worker in range(len(batches) if local else 1):
+            of_worker = [_of_worker(g, worker) if local else _times(g, optimizer.loss_scale) for g in gradients]
+            direction.put(worker, of_worker)
+            optimizer.note_probe(worker)
 
     def backward(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Take the gradients at y: their sum times `loss_scale` is added to `.grad`, and x is put back.
+        """Take the gradients at y: their sum times `loss_scale` is added to `.grad`, and x is restored.
 
         Args:
             batches: one for each worker, whose tensors agree in shape; other values are the same for all.
@@ -87,34 +81,34 @@ class BatchedWorkers:
         Raises:
             ValueError: where micro-batches differ in shape, or the model has an operation that cannot be batched.
         """
-        optimizer, memory = self.optimizer, self.optimizer._memory
-        config, step = optimizer.config, optimizer.step_count
-        captures = config.captures(step)
+        optimizer, scheme = self.optimizer, self.optimizer.scheme
+        step = optimizer.step_count
+        captures = scheme.needs_local_gradients(step)
         # Spent directions are not written to again: their memory serves this pass.
-        memory.captured.clear()
-        memory.spares.clear()
+        scheme.release_buffers()
         try:
             points, stacked = self._points_of(len(batches), captures or optimizer.collect_statistics)
             losses, gradients = self._pass(points, stacked, batches)
         finally:
-            optimizer.rest()
+            optimizer.restore()
         if captures:
             for worker in range(len(batches)):
-                self._capture(worker, [_of_worker(g, worker, memory.dtype) for g in gradients])
+                scheme.local_gradients.put(worker, [_of_worker(g, worker) for g in gradients])
         if optimizer.collect_statistics:
             self._note_passes([g for g in gradients if g is not None])
-        for p, g in zip(optimizer._params(), gradients, strict=True):
+        params = optimizer.engine.params()
+        for p, g in zip(params, gradients, strict=True):
             if g is not None:
                 mean = (g.sum(0) if stacked else g) * optimizer.loss_scale
                 p.grad = mean if p.grad is None else p.grad + mean
-        if optimizer._measures and not config.is_local:
-            self._capture(0, [None if p.grad is None else p.grad.clone() for p in optimizer._params()])
-        optimizer._capture.seen = True
+        if scheme.measures_curvature(step) and not scheme.direction.local:
+            scheme.local_gradients.put(0, [None if p.grad is None else p.grad.clone() for p in params])
+        scheme.hooks.seen = True
         return losses
 
     def _points_of(self, count: int, apart: bool) -> tuple[list[Tensor], bool]:
         """The workers' y, stacked where they differ or where each one's gradient is wanted (`apart`)."""
-        optimizer, params = self.optimizer, self.optimizer._params()
+        optimizer, params = self.optimizer, self.optimizer.engine.params()
         differ = optimizer.config.is_local and optimizer.config.is_active(optimizer.step_count)
         for worker in range(count):
             optimizer.train(worker=worker)
@@ -135,7 +129,7 @@ class BatchedWorkers:
         self, points: list[Tensor], stacked: bool, batches: Sequence[MicroBatch]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Losses and their gradients by the optimizer's parameters: of each worker if `stacked`, else summed."""
-        params = self.optimizer._params()
+        params = self.optimizer.engine.params()
         name_of = {id(p): name for name, p in self._call.named_parameters()}
         leaves = {
             name_of[id(p)]: points[i].detach() for i, p in enumerate(params) if p.requires_grad and id(p) in name_of
@@ -172,7 +166,7 @@ class BatchedWorkers:
         if self._used is None:
             # torch.func gives zeros for parameters without a gradient, and a base optimizer would decay those.
             first = {name: point[0].clone() for name, point in points.items()}
-            with self.optimizer._random_state_kept(always=True), running_statistics_kept(self.model):
+            with random_state_kept(self.optimizer.engine.params()), running_statistics_kept(self.model):
                 self._used = set(self._of_all_workers(first, batches)[1])
         used = {name: point for name, point in points.items() if name in self._used}
         rest = {name: point for name, point in points.items() if name not in self._used}
@@ -188,11 +182,6 @@ class BatchedWorkers:
         # One layout, whatever the backward pass left: the last bit of a move depends on it, and saving changes it.
         return losses, {name: g.contiguous() for name, g in gradients.items()}
 
-    def _capture(self, worker: int, gradients: Buffers) -> None:
-        memory = self.optimizer._memory
-        memory.captured[worker] = gradients
-        memory.filled[worker] = {i for i, g in enumerate(gradients) if g is not None}
-
     def _note_passes(self, gradients: list[Tensor]) -> None:
         """Note each worker's squared norm, in the units of its share of the loss."""
         squares = torch.stack(
@@ -203,7 +192,7 @@ class BatchedWorkers:
                 for g in gradients
             ]
         )
-        self.optimizer._capture.pass_squares = list(squares.sum(0) * self.optimizer.loss_scale**2)
+        self.optimizer.scheme.hooks.pass_squares = list(squares.sum(0) * self.optimizer.loss_scale**2)
 
 
 class _LossCall(nn.Module):
@@ -264,5 +253,9 @@ def stack(batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], dict[str, A
     return tensors, {name: value for name, value in first.items() if name not in tensors}
 
 
-def _of_worker(gradient: Tensor | None, worker: int, dtype: torch.dtype | None) -> Tensor | None:
-    return None if gradient is None else gradient[worker].to(dtype or gradient.dtype)
+def _of_worker(gradient: Tensor | None, worker: int) -> Tensor | None:
+    return None if gradient is None else gradient[worker]
+
+
+def _times(gradient: Tensor | None, factor: float) -> Tensor | None:
+    return None if gradient is None else gradient * factor

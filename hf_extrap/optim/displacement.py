@@ -1,101 +1,188 @@
-"""S(d, x), and the moves of parameters over lists of tensors."""
+"""The move of the parameters from x to y = x − step · d, and back to x bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 
-from .config import STEP_SCALINGS
-from .directions import generator_for
-from .shards import held, whole
+from .buffers import BufferPool, Buffers, StorageOwners, fits
+from .engines.base import Engine
+from .foreach import copy_, total_norm
+from .random import generator_for
+from .sharding import held
 
-_TINY = torch.finfo(torch.float32).tiny
-
-_LARGE = 1 << 15
-"""Elements from which the norm of a tensor on a CPU is computed by itself."""
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors taken as one vector, as a tensor of no dimension, in at least float32."""
-    return torch.linalg.vector_norm(norms(tensors)) if tensors else torch.zeros(())
+ABANDONED = -1
+"""Marker: the parameters hold the extrapolated point of a step that was skipped."""
 
 
-def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
-    """The Euclidean norm of each tensor, as a tensor with one element for each, in at least float32, and float64 where
-    any of them, or of `like`, is."""
-    wide = torch.float64 if torch.float64 in {t.dtype for t in (*tensors, *like)} else torch.float32
-    large = {i for i, t in enumerate(tensors) if t.numel() >= _LARGE and t.dtype == wide and _is_plain_vector(t)}
-    rest = [t for i, t in enumerate(tensors) if i not in large]
-    found = iter(torch._foreach_norm(rest, dtype=wide) if rest else ())
-    each = [_by_dot(t) if i in large else next(found) for i, t in enumerate(tensors)]
-    if len({n.device for n in each}) > 1:
-        each = [n.to(each[0].device) for n in each]
-    return whole(torch.stack(each))
+class Displacement:
+    """Holds x while the parameters hold y.
 
+    A parameter is displaced in one of two ways. In place: x is copied first, and copied back. Swapped: the parameter
+    points to other memory that holds y, and later to its own again, which nothing has written to.
 
-def _is_plain_vector(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not isinstance(tensor, DTensor) and tensor.is_contiguous()
-
-
-def _by_dot(tensor: Tensor) -> Tensor:
-    """The norm at the speed of memory, which PyTorch's own kernel for a CPU has two thirds of, and more exactly."""
-    vector = tensor.detach().view(-1)
-    return torch.dot(vector, vector).sqrt_()
-
-
-def scale_direction(
-    scaling: str, direction: Sequence[Tensor], x: Sequence[Tensor], last_step: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None]:
-    """S(d, x) of the algorithm: the direction in the units that the step size is given in.
+    x is noted before a parameter changes and forgotten after it is restored, so that `restore` gives it back after an
+    exception at any point, one inside `restore` included.
 
     Args:
-        scaling: `none`, d itself; `norm`, d / ‖d‖ over all tensors (SAM, Foret et al. 2021); `layer`, ‖x‖ · d / ‖d‖ a
-            tensor; `filter`, the same for each slice along the first dimension of a tensor with two or more (Li et al.
-            2018); `adaptive`, x² · d / ‖x · d‖ (ASAM, Kwon et al. 2021);
-            `step`, ‖Δx‖ · d / ‖d‖ over all tensors with Δx the last step of x, which makes η a share of it;
-            `layer_step`, the same a tensor.
-        direction: d, one tensor a parameter.
-        x: the parameters, of the same shapes.
-        last_step: ‖Δx‖ of each tensor, one dimension; for `step` also of tensors that have no direction.
+        engine: holds the parameters.
+        pool: where memory comes from and goes to.
+        swap: whether to swap; None swaps on the CPU alone.
+        seed: of stochastic rounding.
 
-    Returns:
-        Tensors, and the factor of each, one dimension, that makes them S(d, x); None for 1. The tensors are those of
-        `direction` itself wherever a number for each will do. A zero direction stays zero.
+    Attributes:
+        worker: whose y the parameters hold; None while they hold x.
     """
-    if scaling == "none":
-        return list(direction), None
-    if scaling in ("filter", "adaptive"):
-        wide = [d.to(torch.promote_types(p.dtype, torch.float32)) for d, p in zip(direction, x, strict=True)]
-        if scaling == "filter":
-            return [_by_filter(d, p) for d, p in zip(wide, x, strict=True)], None
-        norm = total_norm([p * d for d, p in zip(wide, x, strict=True)]).clamp_min(_TINY)
-        return [p.square().mul(d).div_(norm) for d, p in zip(wide, x, strict=True)], None
-    lengths = norms(direction, like=x)
-    if scaling in ("norm", "step"):
-        lengths = torch.linalg.vector_norm(lengths).expand(len(direction))
-    if scaling == "norm":
-        return list(direction), lengths.clamp_min(_TINY).reciprocal()
-    if scaling == "layer":
-        return list(direction), norms(x).to(lengths) / lengths.clamp_min(_TINY)
-    assert scaling in STEP_SCALINGS and last_step is not None
-    wanted = torch.linalg.vector_norm(last_step) if scaling == "step" else last_step
-    return list(direction), wanted.to(lengths) / lengths.clamp_min(_TINY)
 
+    def __init__(self, engine: Engine, pool: BufferPool, swap: bool | None, seed: int) -> None:
+        self.worker: int | None = None
+        self._engine = engine
+        self._pool = pool
+        self._swap = swap
+        self._seed = seed
+        self._owners = StorageOwners()
+        self._x: dict[int, Tensor] = {}
+        self._y: dict[int, Tensor] = {}  # of swapped parameters
+        self._saved: dict[int, Tensor] = {}
+        self._saved_swapped: set[int] = set()
+        self._saved_worker: int | None = None
 
-def _by_tensor(direction: Tensor, x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(direction).clamp_min(_TINY)
-    return direction * (torch.linalg.vector_norm(x.to(direction.dtype)) / norm)
+    def move(
+        self,
+        worker: int,
+        moves: Mapping[int, Tensor],
+        steps: Sequence[float | Tensor],
+        spent: Buffers | None,
+        noise_key: tuple[int, int],
+    ) -> None:
+        """Move parameters from x to y.
 
+        Args:
+            worker: whose y it is.
+            moves: the scaled direction by the index of the parameter.
+            steps: the step of each move.
+            spent: the direction's own tensors, where they are no longer needed: y is written over them, and those that
+                do not fit are freed.
+            noise_key: of stochastic rounding: the number of the step and that of the worker among all.
+        """
+        params, indices = self._engine.params(), list(moves)
+        points = self._points(params, indices, spent)
+        self._keep(params, (i for i in indices if i not in points))
+        self.worker = worker
+        displace(
+            [params[i] for i in indices],
+            list(moves.values()),
+            steps,
+            [points.get(i, params[i]) for i in indices],
+            lambda place: ("rounding", self._seed, *noise_key, indices[place]),
+        )
+        for i, d in enumerate(spent or ()):
+            if d is not None and points.get(i) is not d:
+                self._pool.give(i, d)
+        self._point(params, points)
+        self._changed(params)
 
-def _by_filter(direction: Tensor, x: Tensor) -> Tensor:
-    if direction.dim() < 2:
-        return _by_tensor(direction, x)
-    rest = tuple(range(1, direction.dim()))
-    norm = torch.linalg.vector_norm(direction, dim=rest, keepdim=True).clamp_min(_TINY)
-    return direction * (torch.linalg.vector_norm(x.to(direction.dtype), dim=rest, keepdim=True) / norm)
+    def restore(self, keep: bool = False) -> None:
+        """Put x back; without effect where the parameters hold x.
+
+        Args:
+            keep: save y for `reenter`.
+        """
+        if not self._x:
+            self._y, self.worker = {}, None
+            return
+        params = self._engine.params()
+        if keep:
+            self._save(params)
+        for i in self._y:
+            if i in self._x:
+                params[i].data = self._x[i]
+        copied = [i for i in self._x if i not in self._y]
+        copy_([params[i] for i in copied], [self._x[i] for i in copied])
+        self._changed(params)
+        x, y = self._x, self._y
+        self._x, self._y, self.worker = {}, {}, None
+        for i in copied:
+            self._pool.give(i, x[i])
+        for i in () if keep else y:
+            self._pool.give(i, y[i])
+
+    def reenter(self, worker: int) -> bool:
+        """Move from x to the worker's saved y again, if there is one."""
+        if self._saved_worker != worker:
+            return False
+        params, saved, swapped = self._engine.params(), self._saved, self._saved_swapped
+        self._saved, self._saved_worker = {}, None
+        copied = [i for i in saved if i not in swapped]
+        self._keep(params, copied)
+        self.worker = worker
+        copy_([params[i] for i in copied], [saved[i] for i in copied])
+        for i in copied:
+            self._pool.give(i, saved[i])
+        self._point(params, {i: y for i, y in saved.items() if i in swapped})
+        self._changed(params)
+        return True
+
+    def forget(self) -> None:
+        """Drop the saved extrapolated point."""
+        for i, y in self._saved.items():
+            self._pool.give(i, y)
+        self._saved, self._saved_worker = {}, None
+
+    def length(self) -> Tensor:
+        """‖x − y‖ over all parameters that are displaced, 0-dim."""
+        params = self._engine.params()
+        return total_norm([x.sub(params[i]) for i, x in self._x.items()])
+
+    def held(self) -> list[Tensor]:
+        """x of the parameters that are displaced."""
+        return list(self._x.values())
+
+    def _points(self, params: Sequence[Tensor], indices: Sequence[int], spent: Buffers | None) -> dict[int, Tensor]:
+        """Memory for y of the parameters that are swapped: the spent direction's own where it fits."""
+        if not self._engine.may_swap or self._swap is False:
+            return {}
+        points: dict[int, Tensor] = {}
+        can_swap = self._owners.among(params)
+        for i in indices:
+            p = params[i]
+            if can_swap[i] and (self._swap or p.device.type == "cpu"):
+                d = spent[i] if spent else None
+                points[i] = d if d is not None and d.dtype == p.dtype and fits(d, p) else self._pool.take(i, p)
+        return points
+
+    def _keep(self, params: Sequence[Tensor], indices: Iterable[int]) -> None:
+        """Copy x of parameters that are about to be displaced in place."""
+        kept = {i: self._pool.take(i, params[i]) for i in indices}
+        copy_(list(kept.values()), [params[i] for i in kept])
+        self._x = kept
+
+    def _point(self, params: Sequence[Tensor], points: Mapping[int, Tensor]) -> None:
+        for i, y in points.items():
+            self._y[i] = y
+            self._x[i] = params[i].data
+            params[i].data = y
+
+    def _save(self, params: Sequence[Tensor]) -> None:
+        if self._saved_worker == self.worker:
+            # An exception came after y was saved.
+            return
+        self.forget()
+        copied = [i for i in self._x if i not in self._y]
+        saved = {i: self._pool.take(i, params[i]) for i in copied}
+        copy_(list(saved.values()), [params[i] for i in copied])
+        self._saved, self._saved_swapped, self._saved_worker = saved | self._y, set(self._y), self.worker
+
+    def _changed(self, params: Sequence[Tensor]) -> None:
+        # Within one autocast context a second forward pass would use the casts of the first one's weights.
+        torch.clear_autocast_cache()
+        # As after a move in place, a backward pass through an earlier graph is an error.
+        increment_version([params[i] for i in self._y])
+        self._engine.moved()
 
 
 def displace(
@@ -105,25 +192,27 @@ def displace(
     out: Sequence[Tensor],
     seed: Callable[[int], tuple[object, ...]],
 ) -> None:
-    """x − step · d, in one pass over memory: x and d are read, y is written.
+    """y = x − step · d in one pass over memory: x and d are read, y is written.
 
-    A bfloat16 parameter has eight bits: most displacements are below half of its last one, and rounding to nearest
-    would undo them. Such parameters are rounded up or down at random, so that the expectation of y is right.
+    Most displacements of a bfloat16 parameter are below half of its last place, and rounding to nearest would lose
+    them; it is rounded up or down at random, so that the expectation of y is exact. A float16 parameter is displaced in
+    float32, since a step may exceed the range of float16, and rounded to nearest.
 
     Args:
         params: x.
-        direction: of the same shapes.
-        steps: η times the factor of `scale_direction`, for each: numbers, or tensors of no dimension where reading them
-            would make the host wait.
-        out: where y goes: x or d themselves, or other memory of the type of x.
-        seed: of the rounding of a parameter, by its place here.
+        direction: d, of the same shapes.
+        steps: numbers, or 0-dim tensors where reading them would synchronize with the device.
+        out: where y is written: x or d themselves, or other memory of the dtype of x.
+        seed: of the rounding of a parameter, by its place in the list.
     """
     for i, (p, d, step, y) in enumerate(zip(params, direction, steps, out, strict=True)):
         if isinstance(p, DTensor):
             p, d, y = held(p), held(d), held(y)
-        if p.dtype == torch.bfloat16:
+        if p.dtype in (torch.bfloat16, torch.float16):
             wide = p.float().sub_(d.float() * step)
-            y.copy_(stochastic_round(wide, generator_for(wide.device, *seed(i))))
+            if p.dtype == torch.bfloat16:
+                wide = stochastic_round(wide, generator_for(wide.device, *seed(i)))
+            y.copy_(wide)
         elif isinstance(step, Tensor):
             torch.addcmul(p, d.to(p.dtype), step.to(p), value=-1, out=y)
         else:
@@ -133,17 +222,10 @@ def displace(
 def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
     """Round float32 to bfloat16, up or down with the probabilities that make the expectation exact.
 
-    bfloat16 is the upper half of float32: random lower halves are added, and what does not carry is cut off.
-    Infinities and NaNs pass unchanged.
+    bfloat16 is the upper half of float32: random lower halves are added, and the lower half is cut off. Infinities and
+    NaNs pass unchanged.
     """
     bits = wide.view(torch.int32)
     carry = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
     rounded = bits.add(carry).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(torch.isfinite(wide), rounded, wide).to(torch.bfloat16)
-
-
-@torch.no_grad()
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy bit for bit, list to list."""
-    if targets:
-        torch._foreach_copy_([held(t) for t in targets], [held(s) for s in sources])

@@ -17,8 +17,8 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from .displacement import copy_
-from .processes import rank_and_world_size
+from .distributed import rank_and_world_size
+from .foreach import copy_
 from .wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class LocalSGD(OptimizerWrapper):
         self._states: list[Any] = []
         self._fields: list[dict[str, Any]] | None = None
         self.stop()
-        Optimizer.__setstate__(self, {})
+        self._initialize()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

@@ -1,4 +1,4 @@
-"""An optimizer around another one, which shows the other one's face."""
+"""An optimizer that wraps another one and shares its groups, state and defaults."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from torch.optim import Optimizer
 
 
 class OptimizerWrapper(Optimizer):
-    """Groups, state and defaults are the base optimizer's own, to read and to replace.
+    """Reads and replaces the base optimizer's own groups, state and defaults.
 
     Attributes:
-        base: the optimizer inside. A class that inherits sets it, and then calls `Optimizer.__setstate__(self, {})` for
-            the hooks of a torch optimizer; `Optimizer.__init__` would make groups of its own.
+        base: the wrapped optimizer. A subclass sets it, and then calls `_initialize`.
     """
 
     base: Optimizer
 
+    def _initialize(self) -> None:
+        """Set up the hooks of a torch optimizer; `Optimizer.__init__` would make other groups."""
+        defaults = set(self.base.defaults)
+        Optimizer.__setstate__(self, {})
+        for name in set(self.base.defaults) - defaults:
+            # torch adds `differentiable`, which would enter groups that are added later.
+            del self.base.defaults[name]
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's own groups."""
+        """The base optimizer's groups."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -29,7 +36,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base optimizer's own state."""
+        """The base optimizer's state."""
         return self.base.state
 
     @state.setter
@@ -38,7 +45,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The base optimizer's own defaults."""
+        """The base optimizer's defaults."""
         return self.base.defaults
 
     @defaults.setter

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_extrap.optim.shards import is_sharded
+from hf_extrap.optim.sharding import is_sharded
 from hf_extrap.recipes.figures import spoken
 from hf_extrap.recipes.run_folder import RunFolder
 

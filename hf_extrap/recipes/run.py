@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_extrap.optim.processes import let_gloo_finish
+from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.recipes.configuration import Configuration
 from hf_extrap.recipes.figures import draw_curves
 from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16

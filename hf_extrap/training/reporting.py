@@ -139,7 +139,7 @@ class ReportingMixin(MixinBase):
             if optimizer.wants_probe:
                 with optimizer.probing(worker=0) as backward:
                     self._pass_back(loss(), backward)
-            with optimizer.looking(worker=0), torch.no_grad():
+            with optimizer.extrapolating(worker=0), torch.no_grad():
                 at_y = loss()
         finally:
             model.train(was_training)

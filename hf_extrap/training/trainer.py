@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
-from hf_extrap.optim.directions import generator_for
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
+from hf_extrap.optim.random import generator_for
 
 from .arguments import ExtrapArguments
 from .base import refuse
@@ -248,7 +248,7 @@ class ExtrapTrainerMixin(LocalSGDMixin, BatchedWorkersMixin, BatchNormMixin, Sha
                 self._probe(model, optimizer, worker)
             optimizer.train(worker=worker)
             loss = super().training_step(model, inputs, num_items)
-            optimizer.rest()
+            optimizer.restore()
             return loss
 
     def _probe(self, model: nn.Module, optimizer: Extrapolated, worker: int) -> None:

@@ -120,7 +120,7 @@ def given_up() -> dict[str, Any]:
     y = local(list(model.parameters()))
     backward(model, 1)
     optimizer.zero_grad()
-    optimizer.rest()
+    optimizer.restore()
     after = local(list(model.parameters()))
     return {"x": x, "y": y, "after": after, "skipped": optimizer.skipped_steps, "steps": optimizer.step_count}
 

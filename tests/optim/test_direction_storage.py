@@ -115,7 +115,7 @@ def test_a_state_is_read_wherever_directions_live(saved_on: str | None, loaded_o
 def look(model: nn.Module, optimizer: Extrapolated) -> None:
     train(model, optimizer, 0, 3)
     for worker in (1, 0, 2):
-        with optimizer.looking(worker):
+        with optimizer.extrapolating(worker):
             loss(model, torch.ones(1, 5))
     train(model, optimizer, 3, 2)
 
@@ -124,7 +124,7 @@ def come_back(model: nn.Module, optimizer: Extrapolated) -> None:
     for step in range(4):
         for worker in range(WORKERS):
             take_pass(model, optimizer, step, worker)
-            optimizer.rest()
+            optimizer.restore()
             take_pass(model, optimizer, step + 10, worker)
         optimizer.step()
         optimizer.zero_grad()

@@ -73,7 +73,7 @@ def test_workers_can_be_visited_in_any_order(preset: str) -> None:
         optimizer.train(worker=k)
         ys[k] = values(params)
     assert min(distance(ys[0], ys[1]), distance(ys[1], ys[2]), distance(ys[0], ys[2])) > 1e-4
-    optimizer.rest()
+    optimizer.restore()
     optimizer.train(worker=1)
     assert identical(params, ys[1])
     if preset == "gaussian":
@@ -82,7 +82,7 @@ def test_workers_can_be_visited_in_any_order(preset: str) -> None:
             assert identical(params, ys[k])
     else:
         # Its direction's memory has taken its y, and then the next worker's gradient.
-        with pytest.raises(RuntimeError, match="worker 0 has left its y.*allowed: all micro-batches of one virtual"):
+        with pytest.raises(RuntimeError, match="worker 0 has left its extrapolated point.*allowed: all micro-batches of one virtual"):
             optimizer.train(worker=0)
 
 

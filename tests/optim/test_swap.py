@@ -57,7 +57,7 @@ def test_x_stays_in_its_memory(swap: bool) -> None:
     optimizer.train()
     assert distance(x, params) > 1e-6
     assert all((p.data_ptr() == address) is not swap for p, address in zip(params, at_rest, strict=True))
-    optimizer.rest()
+    optimizer.restore()
     assert identical(x, params)
     assert [p.data_ptr() for p in params] == at_rest
 
@@ -132,7 +132,7 @@ def test_a_look_at_the_next_y_spends_nothing() -> None:
         for step in range(4):
             if looks:
                 x = values(list(model.parameters()))
-                with optimizer.looking():
+                with optimizer.extrapolating():
                     assert step == 0 or distance(x, list(model.parameters())) > 1e-6
                 assert identical(x, list(model.parameters()))
             optimizer.train()

@@ -50,7 +50,7 @@ def exports(name: str, folder: Path) -> dict[str, Any]:
 def saved_weights(name: str, engine: Engine, folder: Path) -> list[tuple[str, list[Tensor]]]:
     """The weights that each kind of export holds."""
     if name == "fsdp2":
-        engine.optimizer.rest()
+        engine.optimizer.restore()
         whole = get_model_state_dict(engine.model, options=StateDictOptions(full_state_dict=True))
         return [("state dict", list(whole.values()))] if dist.get_rank() == 0 else []
     engine.model.save_checkpoint(folder, tag="saved")

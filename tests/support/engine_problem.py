@@ -221,7 +221,7 @@ def finish_step(engine: Engine, cell: Cell) -> None:
 def look(engine: Engine, seen: Seen, x: list[Tensor], worker: int) -> None:
     """Note y, put x back, and go to y again."""
     y = engine.weights()
-    engine.optimizer.rest()
+    engine.optimizer.restore()
     seen.rests_at_x = same(engine.weights(), x)
     engine.optimizer.train(worker=worker)
     seen.returns_to_y = same(engine.weights(), y)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_extrap.optim.shards import held
+from hf_extrap.optim.sharding import held
 from hf_extrap.optim.transfers import Transfers
 
 

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.lab.scale.counting import CollectiveCounter
 from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.processes import let_gloo_finish
 
 from .methods import Step
 from .timing import MANY, interleaved

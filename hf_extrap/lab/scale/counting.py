@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.host_store import HostStore
 
 KINDS = {"allreduce": "all_reduce", "reduce_scatter": "reduce_scatter", "allgather": "all_gather"}
 
@@ -43,15 +42,7 @@ class CollectiveCounter(TorchDispatchMode):
 def held_bytes(optimizer: Extrapolated) -> dict[str, int]:
     """Bytes of this process: `x`, kept beside y; `directions`, with the gradients that may become the next ones and
     what is spare; and on the `host`, where direction_device says so, with one worker's beside the parameters."""
-    memory = optimizer._memory
-    held = {"x": _bytes(optimizer._x.kept.values()), "directions": _bytes(memory.spares.tensors()), "host": 0}
-    for store in (memory.directions, memory.captured):
-        if isinstance(store, HostStore):
-            held["host"] += _bytes(store.far())
-            held["directions"] += _bytes(store.near())
-        else:
-            held["directions"] += sum(_bytes(buffers) for buffers in store.values())
-    return held
+    return {name: _bytes(tensors) for name, tensors in optimizer.scheme.held().items()}
 
 
 def _bytes(values: Iterable[Any]) -> int:

@@ -1,4 +1,4 @@
-"""The engine that is none: one process, or DistributedDataParallel."""
+"""Default engine: a single process or DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..capture import GradientCapture
-from ..memory import Buffers
-from ..processes import rank_and_world_size
+from ..buffers import BufferPool, Buffers
+from ..config import ExtrapConfig
+from ..distributed import rank_and_world_size
+from ..gradient_hooks import GradientHooks
 
 
 class Engine:
-    """What the wrapper must know of whoever holds the parameters.
+    """Gives access to the parameters and gradients that a distributed engine holds.
 
-    Here the base optimizer steps the parameters that are moved, and their gradients are in `.grad`. Other engines show
-    their parameters in the same form, so that the wrapper need not know which one it is.
+    Here the base optimizer steps the parameters that are moved, and their gradients are in `.grad`. Other engines
+    present their parameters in the same form.
 
     Attributes:
-        name: in words, for errors.
+        name: for errors.
         is_sharded: whether each process holds a part of every parameter, as a DTensor.
-        steps_inside: whether the engine calls the base optimizer part by part, on tensors of its own, and then writes
-            the parameters itself.
-        loss_scale: what the engine itself multiplies the loss by, in float16.
+        steps_inside: whether the engine calls the base optimizer itself, on tensors of its own, and then writes the
+            parameters.
+        loss_scale: factor by which the engine multiplies the loss, in float16.
         probes_by_hooks: whether a fresh direction is what the hooks on the leaves see, with no `.grad` written.
         may_swap: whether a parameter may point to other memory while it holds y.
-        has_local_gradients: whether a worker has a y and a gradient of its own although its parameters are sharded.
+        has_local_gradients: whether a worker has its own y and gradient although its parameters are sharded.
     """
 
     name = "one process or DDP"
@@ -46,43 +47,55 @@ class Engine:
     def __init__(self, base: Optimizer) -> None:
         self._base = base
 
+    def check(self, config: ExtrapConfig) -> None:
+        """Refuse a scheme that this engine cannot carry out.
+
+        Raises:
+            ValueError: in one sentence that names the field and what is allowed.
+        """
+
     def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The options of each group of the base optimizer, and the parameters that are moved with them."""
         return [(group, group["params"]) for group in self._base.param_groups]
 
     def params(self) -> list[Tensor]:
-        """What is moved, group by group."""
+        """The tensors that are moved, group by group."""
         return [p for _, params in self.groups() for p in params]
 
     def leaves(self) -> list[Tensor]:
-        """The tensors of the graph that `params` stand for, in the same order."""
+        """The leaf tensors of the graph that `params` stand for, in the same order."""
         return self.params()
 
-    def capture(self) -> GradientCapture:
-        """Something that sees the gradients of this engine's workers."""
-        return GradientCapture()
+    def hooks(self, pool: BufferPool) -> GradientHooks:
+        """New hooks that see the gradients of this engine's workers."""
+        return GradientHooks(pool)
 
     def worker(self) -> tuple[int, int]:
-        """The number of the worker that this process is, or is a part of, and how many there are."""
+        """The number of the worker that this process belongs to, and the number of workers."""
         return rank_and_world_size()
 
+    def number_of(self, virtual_worker: int) -> int:
+        """The number of a virtual worker among those of all processes."""
+        rank, world_size = self.worker()
+        return virtual_worker * world_size + rank
+
     def gradients(self) -> Buffers:
-        """The averaged gradient that this step's base optimizer takes."""
+        """The averaged gradient that the base optimizer steps with."""
         return [p.grad for p in self.params()]
 
     def gradient_norm(self) -> float | None:
-        """‖ḡ‖ before clipping, where the engine clips by itself and has measured it."""
+        """‖ḡ‖ before clipping, where the engine clips and has measured it."""
         return None
 
     def moved(self) -> None:
-        """Let copies of the parameters that the engine keeps follow a move."""
+        """Update or drop copies of the parameters that the engine keeps, after a move."""
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
-        """A pass at x whose gradient is no part of the step; gives the function that passes backward."""
+        """A pass at x whose gradient is no part of the step; yields the function that starts a backward pass."""
         leaves = self.leaves()
         kept = [p.grad for p in leaves]
-        # With gradient_as_bucket_view they are views into memory that the averaging of this pass writes to.
+        # With gradient_as_bucket_view they are views of memory that the all-reduce of this pass overwrites.
         contents = [grad.clone() if grad is not None and grad._is_view() else None for grad in kept]
         for p in leaves:
             p.grad = None
@@ -97,15 +110,15 @@ class Engine:
         return self.gradients()
 
     def average(self, direction: Sequence[Tensor | None]) -> None:
-        """Average over the processes, in place, what the hooks have seen."""
+        """Average a direction that the hooks have seen over the processes, in place."""
 
     def collect(self, stepped: Sequence[Tensor]) -> None:
-        """Take the averaged gradient from tensors that the base optimizer is about to step (with `steps_inside`)."""
+        """Copy the averaged gradient from tensors that the base optimizer is about to step (with `steps_inside`)."""
 
     def follow(self, before: Callable[[bool], None], after: Callable[[bool], None]) -> None:
-        """Call these around the steps of an engine that takes them itself.
+        """Register callbacks around the steps of an engine.
 
         Args:
-            before: of every micro-batch, told whether a step of the optimizer comes with it.
-            after: of every step with `steps_inside`, told whether it was taken.
+            before: called for every micro-batch, with whether a step of the optimizer comes with it.
+            after: called for every step with `steps_inside`, with whether it was taken.
         """

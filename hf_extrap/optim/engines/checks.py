@@ -1,18 +1,49 @@
-"""What is refused before anything is moved."""
+"""What is refused before any parameter is moved."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from ..config import ExtrapConfig
-from ..shards import is_sharded
+from ..sharding import is_sharded
 from .base import Engine
 from .hsdp import has_replicas
+
+
+def check_arguments(base: Any, config: ExtrapConfig, virtual_workers: Any) -> None:
+    """Refuse arguments of `Extrapolated` that no engine can carry out.
+
+    Raises:
+        TypeError: if `base` is not a torch optimizer, or wraps one that extrapolates already.
+        ValueError: in one sentence that names the argument and what is allowed.
+    """
+    if not isinstance(base, Optimizer) or hasattr(base, "wants_probe"):
+        raise TypeError(f"base is a {type(base).__name__}; allowed: any torch.optim.Optimizer but Extrapolated.")
+    if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
+        raise ValueError(f"virtual_workers is {virtual_workers!r}; allowed: a whole number >= 1.")
+    if not config.moves:
+        return
+    if isinstance(base, LBFGS):
+        raise ValueError(
+            "base is LBFGS, which evaluates its closure at points of its own; allowed: direction 'none', or another "
+            "optimizer."
+        )
+    for place, p in enumerate(p for group in base.param_groups for p in group["params"]):
+        if p.is_complex():
+            raise ValueError(
+                f"parameter {place} is complex ({p.dtype}); allowed: real parameters, or direction 'none'."
+            )
+        if not isinstance(p, DTensor) and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(
+                f"parameter {place}, of shape {tuple(p.shape)}, is expanded: several of its elements share memory; "
+                "allowed: parameters with one address per element, or direction 'none'."
+            )
 
 
 def check_scheme(config: ExtrapConfig, engine: Engine, base: Optimizer) -> None:
@@ -22,7 +53,7 @@ def check_scheme(config: ExtrapConfig, engine: Engine, base: Optimizer) -> None:
         ValueError: in one sentence that names the field and what is allowed.
     """
     sharded = engine.is_sharded or any(map(is_sharded, engine.params()))
-    # Before connect, sharded parameters of several replicas may yet turn out to be HSDP's.
+    # Before connect, sharded parameters of several replicas may turn out to be HSDP's.
     has_own = engine.has_local_gradients or (type(engine) is Engine and has_replicas(base))
     if sharded and not has_own and config.is_local and config.direction != "none":
         raise ValueError(
@@ -30,21 +61,15 @@ def check_scheme(config: ExtrapConfig, engine: Engine, base: Optimizer) -> None:
             "allowed: scope 'global' (extragradient, optimistic, past-update, noise), fully_shard over a mesh of "
             "replicas and shards (HSDP), or unsharded weights."
         )
-    if engine.is_sharded and config.scaling == "filter" and "stage 3" in engine.name:
-        raise ValueError("scaling is 'filter', but ZeRO-3 cuts through filters; allowed: layer, or another engine.")
-    if engine.steps_inside and config.precondition:
-        raise ValueError(
-            f"precondition is true, but under {engine.name} the state of the base optimizer lies in flat parts; "
-            "allowed: precondition false, or past-update."
-        )
+    engine.check(config)
 
 
 def check_known(engine: Engine, given: Sequence[weakref.ref[Tensor]]) -> None:
-    """Refuse to move parameters that an engine has replaced and that the wrapper was not told of.
+    """Refuse to move parameters that an engine has replaced before `connect` was called.
 
     Args:
-        engine: the one that the wrapper knows.
-        given: the parameters that the base optimizer came with; none once the wrapper has met its engine.
+        engine: the connected one.
+        given: the parameters that the base optimizer was made with; empty after `connect`.
 
     Raises:
         RuntimeError: in one sentence that says what to call.
@@ -57,6 +82,6 @@ def check_known(engine: Engine, given: Sequence[weakref.ref[Tensor]]) -> None:
     replaced = ((p := ref()) is not None and p is not now for ref, now in zip(given, params, strict=False))
     if len(params) < len(given) or any(replaced):
         raise RuntimeError(
-            "an engine has put other tensors in the place of the parameters: call optimizer.connect(engine), with "
-            "what deepspeed.initialize returned, before training."
+            "an engine has replaced the parameters: call optimizer.connect(engine), with what deepspeed.initialize "
+            "returned, before training."
         )

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..memory import Buffers
+from ..buffers import Buffers
+from ..config import ExtrapConfig
 from .base import Engine
 
-_AT_REST = ("save_checkpoint", "save_16bit_model", "load_checkpoint")
-"""Methods of DeepSpeed's that read or write the weights, and may be called in the middle of a step."""
+_NEED_X = ("save_checkpoint", "save_16bit_model", "load_checkpoint")
+"""Methods of DeepSpeed that read or write the weights, and may be called in the middle of a step."""
 
 
 class DeepSpeedEngine(Engine):
@@ -33,14 +34,20 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, engine: Any, base: Optimizer) -> None:
         super().__init__(base)
+        inner = engine.basic_optimizer
+        if getattr(inner, "base", inner) is not base:
+            raise ValueError(
+                f"the DeepSpeed engine steps with a {type(inner).__name__} and not with this optimizer; allowed: "
+                "deepspeed.initialize(optimizer=...) with it, and no optimizer in DeepSpeed's own configuration."
+            )
         self._engine = engine
         self._stepped_with: list[dict[str, Any]] | None = None
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
-        """See `Engine.probing`; `.grad` is not touched, and the pass is none of DeepSpeed's.
+        """See `Engine.probing`; `.grad` is not touched, and DeepSpeed's own forward pass is not used.
 
-        Its forward pass would hang hooks on its outputs that divide gradients and reduce them.
+        That would register hooks on the outputs that divide and reduce gradients.
         """
         from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
@@ -74,7 +81,7 @@ class DeepSpeedEngine(Engine):
                 d.div_(dist.get_world_size(self._engine.data_parallel_group))
 
     def follow(self, before: Callable[[bool], None], after: Callable[[bool], None]) -> None:
-        """See `Engine.follow`; the engine's `step` becomes one that does so, and what saves and loads starts at x."""
+        """See `Engine.follow`; wraps the engine's `step`, and the methods that save and load, which start from x."""
         engine = self._engine
 
         def followed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -87,22 +94,22 @@ class DeepSpeedEngine(Engine):
                 after(engine.was_step_applied())
             return result
 
-        def at_rest(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def from_x(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before(False)
             return method(*args, **kwargs)
 
         _put_around(engine, "step", followed)
-        for name in _AT_REST:
-            _put_around(engine, name, at_rest)
+        for name in _NEED_X:
+            _put_around(engine, name, from_x)
 
     @property
     def _options(self) -> list[dict[str, Any]]:
-        """Of each group; loading a state puts other dictionaries in their place."""
+        """The options of each group; loading a state replaces these dictionaries."""
         return self._base.param_groups if self._stepped_with is None else self._stepped_with
 
     @contextmanager
     def _options_of_this_step(self) -> Iterator[None]:
-        """Keep the options that the base optimizer steps with: DeepSpeed's step ends with that of the scheduler."""
+        """Keep the options of this step: DeepSpeed's step ends with the scheduler's, which changes them."""
         groups = self._base.param_groups
         self._stepped_with = [{name: deepcopy(v) for name, v in group.items() if name != "params"} for group in groups]
         try:
@@ -112,20 +119,20 @@ class DeepSpeedEngine(Engine):
 
 
 class _Around(partial[Any]):
-    """A function called with a method of DeepSpeed's, in the place of that method."""
+    """A function that replaces a method of DeepSpeed, and is called with it."""
 
 
 def _put_around(engine: Any, name: str, function: Callable[..., Any]) -> None:
     method = getattr(engine, name)
-    # A second connect takes the place of the first.
+    # A second connect replaces the first.
     setattr(engine, name, _Around(function, method.args[0] if isinstance(method, _Around) else method))
 
 
 class FlatDeepSpeedEngine(DeepSpeedEngine):
     """Stages 1 and 2, and stage 0 in bfloat16 or float16: the base optimizer steps this process's part of flat copies.
 
-    DeepSpeed overwrites the weights with what was stepped. An averaged gradient is there in parts alone: as a direction
-    it is gathered, one all-gather a step.
+    DeepSpeed overwrites the weights with the stepped copies. Each process has a part of the averaged gradient; as a
+    direction it is gathered, with one all-gather per step.
     """
 
     name = "DeepSpeed, stages 0 to 2"
@@ -140,15 +147,19 @@ class FlatDeepSpeedEngine(DeepSpeedEngine):
     def loss_scale(self) -> float:
         """See `Engine.loss_scale`."""
         optimizer = self._engine.optimizer
-        # DeepSpeed scales the loss of these optimizers alone.
+        # DeepSpeed scales the loss for these optimizers alone.
         return float(getattr(optimizer, "loss_scale", 1)) if hasattr(optimizer, "scale_if_loss") else 1.0
+
+    def check(self, config: ExtrapConfig) -> None:
+        """See `Engine.check`."""
+        refuse_precondition(config, self.name)
 
     def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """See `Engine.groups`."""
         return list(zip(self._options, self._weights, strict=True))
 
     def gradients(self) -> Buffers:
-        """See `Engine.gradients`; what `collect` has taken, once."""
+        """See `Engine.gradients`; returns what `collect` has copied, once."""
         taken, self._gradient = self._gradient, {}
         return [taken.get(p) for p in self.params()]
 
@@ -212,22 +223,10 @@ def _layout(optimizer: Any) -> tuple[list[list[Tensor]], list[_Copy]]:
     )
 
 
-def deepspeed_engine(engine: Any, base: Optimizer) -> Engine:
-    """The engine for what `deepspeed.initialize` returned.
-
-    Raises:
-        ValueError: for DeepSpeed without this base optimizer, or with weights that are swapped to disk.
-    """
-    inner = engine.basic_optimizer
-    if getattr(inner, "base", inner) is not base:
+def refuse_precondition(config: ExtrapConfig, name: str) -> None:
+    """Refuse `precondition`, where the state of the base optimizer is flat."""
+    if config.precondition:
         raise ValueError(
-            f"the DeepSpeed engine steps with a {type(inner).__name__} and not with this optimizer; allowed: "
-            "deepspeed.initialize(optimizer=...) with it, and no optimizer in DeepSpeed's own configuration."
+            f"precondition is true, but under {name} the state of the base optimizer lies in flat parts; allowed: "
+            "precondition false, or past-update."
         )
-    if engine.zero_optimization_stage() == 3:
-        from .zero3 import ZeRO3Engine
-
-        return ZeRO3Engine(engine, base)
-    if engine.optimizer is inner:
-        return DeepSpeedEngine(engine, base)
-    return FlatDeepSpeedEngine(engine, base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..capture import GradientCapture
+from ..buffers import BufferPool
+from ..gradient_hooks import GradientHooks
 from .base import Engine
 
 
 class FSDPEngine(Engine):
-    """Each process moves its own shards, and gathers what it has moved with the next forward pass."""
+    """Each process moves its own shards; the next forward pass gathers the moved parameters."""
 
     name = "FSDP2"
     may_swap = False
@@ -26,26 +27,26 @@ class FSDPEngine(Engine):
     def __init__(self, model: nn.Module, base: Optimizer) -> None:
         super().__init__(base)
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._capture = ShardCapture()
+        self._hooks: ShardHooks | None = None
 
     def moved(self) -> None:
-        """Drop gathered parameters: after a pass without backward the root keeps its own, which would not move."""
+        """See `Engine.moved`: drops gathered parameters, which the root keeps after a forward pass without backward."""
         for module in self._modules:
             module.reshard()
 
-    def capture(self) -> GradientCapture:
-        """See `Engine.capture`."""
-        self._capture = ShardCapture()
-        return self._capture
+    def hooks(self, pool: BufferPool) -> GradientHooks:
+        """See `Engine.hooks`."""
+        self._hooks = ShardHooks(pool)
+        return self._hooks
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
         """See `Engine.probing`.
 
         Raises:
-            RuntimeError: where FSDP2 keeps gradients to itself, and would mix those at x and at y.
+            RuntimeError: where FSDP2 has not reduced a gradient yet, and would mix those at x and at y.
         """
-        if self._capture.owes:
+        if self._hooks is not None and self._hooks.is_pending:
             raise RuntimeError(
                 "probing() follows a backward pass whose gradient FSDP2 has not reduced yet and would add to the "
                 "direction; allowed: set_requires_gradient_sync(True) before every worker's last backward pass."
@@ -59,19 +60,21 @@ class FSDPEngine(Engine):
                 )
 
 
-class ShardCapture(GradientCapture):
-    """Sees the averaged gradient that the step has gathered so far, this process's shard of each parameter.
+class ShardHooks(GradientHooks):
+    """Sees this process's shard of the averaged gradient that the step has accumulated so far.
 
-    FSDP2 runs no hook on the gradient of a sharded parameter but those of `register_post_accumulate_grad_hook`, once it
-    has added to `.grad`. A single pass's own gradient is not to be seen, and neither is its squared norm.
+    For a sharded parameter FSDP2 runs the hooks of `register_post_accumulate_grad_hook` alone, after it has added to
+    `.grad`. The gradient of a single pass, and its squared norm, are not visible.
+
+    Attributes:
+        is_pending: whether FSDP2 may hold gradients of this step that it has not reduced.
     """
 
     sees_passes = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.owes = False
-        """Whether FSDP2 may hold gradients of this step that it has not reduced."""
+    def __init__(self, pool: BufferPool) -> None:
+        super().__init__(pool)
+        self.is_pending = False
 
     def reduced(self, index: int, param: Tensor) -> None:
         """FSDP2 has added to the parameter's `.grad`."""
@@ -79,24 +82,22 @@ class ShardCapture(GradientCapture):
         self._filled.discard(index)
         self._see(index, param.grad)
 
-    def start_pass(self) -> None:
-        """See `GradientCapture.start_pass`."""
-        super().start_pass()
-        self.owes = True
-        if not self.sees_passes:
-            self.pass_squares = None
+    def start_pass(self, params: Sequence[Tensor], with_squares: bool) -> None:
+        """See `GradientHooks.start_pass`."""
+        super().start_pass(params, with_squares and self.sees_passes)
+        self.is_pending = True
 
     def forget(self) -> None:
-        """See `GradientCapture.forget`."""
+        """See `GradientHooks.forget`."""
         super().forget()
-        self.owes = False
+        self.is_pending = False
 
-    def _listen(self, param: Tensor, index: int) -> RemovableHandle:
-        capture = weakref.ref(self)
+    def _register(self, param: Tensor, index: int) -> RemovableHandle:
+        hooks = weakref.ref(self)
 
         def see(param: Tensor) -> None:
-            if (alive := capture()) is not None and alive.listening:
-                alive.owes = False
+            if (alive := hooks()) is not None and alive.listening:
+                alive.is_pending = False
                 alive.reduced(index, param)
 
         return param.register_post_accumulate_grad_hook(see)

@@ -13,13 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from ..capture import GradientCapture
-from ..shards import like
-from .fsdp import FSDPEngine, ShardCapture
+from ..buffers import BufferPool, Buffers
+from ..gradient_hooks import GradientHooks
+from ..sharding import like
+from .fsdp import FSDPEngine, ShardHooks
 
 
 class HSDPEngine(FSDPEngine):
-    """Each replica group holds all weights between its processes, and so can hold a y of its own."""
+    """The processes of a replica group hold all weights together, and so can hold a y of their own."""
 
     name = "HSDP"
     has_local_gradients = True
@@ -32,35 +33,35 @@ class HSDPEngine(FSDPEngine):
                 self._share(p)
 
     def _share(self, param: Tensor) -> None:
-        """Give all replicas the first one's weights, as DDP does: FSDP2 does not look whether they are alike."""
+        """Broadcast the first replica's weights, as DDP does: FSDP2 does not check that replicas are identical."""
         assert isinstance(param, DTensor)
         part = param.to_local()
         sent = part.to(self._mesh.device_type)
         dist.broadcast(sent, group=self._mesh.get_group(0), group_src=0)
         part.copy_(sent)
 
-    def capture(self) -> GradientCapture:
-        """See `Engine.capture`."""
-        self._capture = ReplicaCapture(self._modules)
-        return self._capture
+    def hooks(self, pool: BufferPool) -> GradientHooks:
+        """See `Engine.hooks`."""
+        self._hooks = ReplicaHooks(pool, self._modules)
+        return self._hooks
 
     def worker(self) -> tuple[int, int]:
         """See `Engine.worker`: the replica group."""
         return self._mesh.get_local_rank(0), self._mesh.size(0)
 
 
-class ReplicaCapture(ShardCapture):
+class ReplicaHooks(ShardHooks):
     """Sees the replica group's own mean gradient, this process's shard of it, between reduce-scatter and all-reduce.
 
-    FSDP2's all-reduce hook comes after its all-reduce. But its reduce-scatter can be replaced by one that also keeps a
-    copy of what comes out, where the parameters of a module lie one after another. They are told apart by the hooks on
-    the parameters, which FSDP2 runs in that order as it takes them out of what the all-reduce has made of it.
+    FSDP2's all-reduce hook runs after its all-reduce. Its reduce-scatter, however, can be replaced by one that also
+    copies its output, in which the parameters of a module lie one after another. The hooks on the parameters, which
+    FSDP2 runs in the same order, tell where each one's part begins.
     """
 
     sees_passes = True
 
-    def __init__(self, modules: Sequence[FSDPModule]) -> None:
-        super().__init__()
+    def __init__(self, pool: BufferPool, modules: Sequence[FSDPModule]) -> None:
+        super().__init__(pool)
         self._modules = modules
         self._scatters: list[_KeepingReduceScatter] = []
         self._last: _KeepingReduceScatter | None = None
@@ -68,11 +69,11 @@ class ReplicaCapture(ShardCapture):
 
     @property
     def wanted(self) -> bool:
-        """Whether anyone asks for the gradients that come now."""
+        """Whether the gradients of this pass are copied or measured."""
         return self.listening and (self._into is not None or self.pass_squares is not None)
 
-    def into(self, buffers: list[Tensor | None], filled: set[int], scale: float, dtype: torch.dtype | None) -> None:
-        """See `GradientCapture.into`.
+    def into(self, buffers: Buffers, filled: set[int], scale: float, dtype: torch.dtype | None) -> None:
+        """See `GradientHooks.into`.
 
         Raises:
             RuntimeError: for another worker while the gradient of the last one has not been reduced.
@@ -86,14 +87,14 @@ class ReplicaCapture(ShardCapture):
         self._install()
         super().into(buffers, filled, scale, dtype)
 
-    def start_pass(self) -> None:
-        """See `GradientCapture.start_pass`."""
-        super().start_pass()
+    def start_pass(self, params: Sequence[Tensor], with_squares: bool) -> None:
+        """See `GradientHooks.start_pass`."""
+        super().start_pass(params, with_squares)
         if self.pass_squares is not None:
             self._install()
 
     def forget(self) -> None:
-        """See `GradientCapture.forget`."""
+        """See `GradientHooks.forget`."""
         super().forget()
         self._open = None
         self._last = None
@@ -101,7 +102,7 @@ class ReplicaCapture(ShardCapture):
             scatter.forget()
 
     def reduced(self, index: int, param: Tensor) -> None:
-        """See `ShardCapture.reduced`; what is seen is the last pass's share of it."""
+        """See `ShardHooks.reduced`; sees the share of the last pass."""
         if not self.wanted:
             self.seen = True
             return
@@ -116,7 +117,7 @@ class ReplicaCapture(ShardCapture):
         self._see(index, like(param, part))
 
     def scattered(self, by: _KeepingReduceScatter) -> None:
-        """A module's gradients have been reduced; the hooks on its parameters come next."""
+        """A module's gradients have been reduced; the hooks on its parameters run next."""
         self._last = by
 
     def _install(self) -> None:
@@ -127,22 +128,22 @@ class ReplicaCapture(ShardCapture):
 
 
 class _KeepingReduceScatter:
-    """What FSDP2 does by default, and a copy of the outcome of all passes since the last all-reduce."""
+    """FSDP2's default reduce-scatter, which also sums the outputs of all passes since the last all-reduce."""
 
-    def __init__(self, capture: weakref.ref[ReplicaCapture]) -> None:
-        self._capture = capture
+    def __init__(self, hooks: weakref.ref[ReplicaHooks]) -> None:
+        self._hooks = hooks
         self._kept: Tensor | None = None
         self._taken: int | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for FSDP2's buffers."""
+        """Allocate FSDP2's buffers."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        capture = self._capture()
-        wanted = capture is not None and capture.wanted
+        hooks = self._hooks()
+        wanted = hooks is not None and hooks.wanted
         if wanted and op != dist.ReduceOp.AVG:
             raise RuntimeError(
                 f"FSDP2 reduces with {op}, from which the mean gradient of a replica group cannot be told; allowed "
@@ -151,16 +152,16 @@ class _KeepingReduceScatter:
         work = dist.reduce_scatter_single(
             output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
         )
-        if capture is None or not wanted:
+        if hooks is None or not wanted:
             return work
         if work is not None:
             work.wait()
         self._keep(output_tensor)
-        capture.scattered(self)
+        hooks.scattered(self)
         return work
 
     def _keep(self, output: Tensor) -> None:
-        """Memory of its own for good: the streams that write and read it order themselves around whole passes."""
+        """Copy to memory that is never freed: the streams that use it are ordered around whole passes."""
         if self._taken == 0 and self._kept is not None and self._kept.shape == output.shape:
             self._kept += output
             return
@@ -178,13 +179,13 @@ class _KeepingReduceScatter:
         assert isinstance(shard, Shard)
         size = shape.numel()
         if shard.dim == 0:
-            # All processes have room for the largest part.
+            # The output is padded to the largest part.
             size = -(-param.shape[0] // param.device_mesh.size(1)) * param.shape[1:].numel()
         start, self._taken = self._taken, self._taken + size
         return self._kept[start : start + shape.numel()].view(shape) if self._taken <= self._kept.numel() else None
 
     def forget(self) -> None:
-        """What has been kept is nobody's."""
+        """Drop what has been kept."""
         self._taken = None
 
 

@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from ..memory import Buffers
-from .deepspeed import DeepSpeedEngine
+from ..buffers import Buffers
+from ..config import ExtrapConfig
+from .deepspeed import DeepSpeedEngine, refuse_precondition
 
 
 class ZeRO3Engine(DeepSpeedEngine):
-    """Moves the parts that this process holds, shown as one-dimensional DTensors over the weights' elements."""
+    """Moves the parts that this process holds, presented as 1-dim DTensors over the elements of each weight."""
 
     name = "DeepSpeed, stage 3"
     is_sharded = True
@@ -29,8 +30,8 @@ class ZeRO3Engine(DeepSpeedEngine):
         zero = engine.optimizer
         if any(flat is None for flat in zero.fp16_partitioned_groups_flat):
             raise ValueError(
-                "the engine is DeepSpeed, stage 3, with weights swapped to disk, where extrapolation cannot reach "
-                "them; allowed: offload_param to the device none or cpu."
+                "the engine is DeepSpeed, stage 3, with weights swapped to disk, where they cannot be moved; allowed: "
+                "offload_param to the device none or cpu."
             )
         if getattr(zero, "backup_optimizer", None) is not None:
             raise ValueError(
@@ -49,6 +50,12 @@ class ZeRO3Engine(DeepSpeedEngine):
         """See `Engine.loss_scale`."""
         return float(self._zero.loss_scale)
 
+    def check(self, config: ExtrapConfig) -> None:
+        """See `Engine.check`."""
+        refuse_precondition(config, self.name)
+        if config.scaling == "filter":
+            raise ValueError("scaling is 'filter', but ZeRO-3 cuts through filters; allowed: layer, or another engine.")
+
     def leaves(self) -> list[Any]:
         """See `Engine.leaves`."""
         return [p for _, weights in self._weights() for p in weights]
@@ -64,7 +71,7 @@ class ZeRO3Engine(DeepSpeedEngine):
         return found
 
     def _shard(self, weight: Any) -> Tensor:
-        """This process's part of a weight, a view of what DeepSpeed gathers from."""
+        """This process's part of a weight, a view of the memory that DeepSpeed gathers from."""
         address = weight.ds_tensor.data_ptr()
         known = self._shards.get(weight)
         if known is None or known[0] != address:
@@ -80,14 +87,14 @@ class ZeRO3Engine(DeepSpeedEngine):
         )
 
     def moved(self) -> None:
-        """Drop gathered weights: small ones stay gathered from step to step, and would not move."""
+        """See `Engine.moved`: drops gathered weights. Small ones stay gathered between steps, and would not move."""
         for _, weights in self._weights():
             gathered = [p for p in weights if p.ds_status.name == "AVAILABLE"]
             if gathered:
                 gathered[0].partition(gathered, has_been_updated=False)
 
     def gradients(self) -> Buffers:
-        """See `Engine.gradients`; what `collect` has taken, once."""
+        """See `Engine.gradients`; returns what `collect` has copied, once."""
         taken, self._gradient = self._gradient, {}
         return [None if (g := taken.get(p.ds_id)) is None else self._as_dtensor(p, g) for p in self.leaves()]
 
@@ -103,13 +110,13 @@ class ZeRO3Engine(DeepSpeedEngine):
 
     @contextmanager
     def probing(self) -> Iterator[Callable[[Tensor], None]]:
-        """See `Engine.probing`: a pass of DeepSpeed's, which averages and divides, and then starts anew."""
+        """See `Engine.probing`: DeepSpeed's own backward pass, which averages; its gradients are cleared after it."""
         try:
             yield self._engine.backward
         finally:
             self._zero.zero_grad()
 
     def probed(self) -> Buffers:
-        """See `Engine.probed`: taken out of DeepSpeed's buffers."""
+        """See `Engine.probed`: read from DeepSpeed's buffers."""
         gradients = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return [self._as_dtensor(p, gradients[p.ds_id].to(p.ds_tensor.device)) for p in self.leaves()]

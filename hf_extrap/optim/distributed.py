@@ -1,4 +1,4 @@
-"""Which process this is, of how many."""
+"""The rank of this process and the number of processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def let_gloo_finish(seconds: float = 1.0) -> None:
-    """Wait, before the process ends, until gloo's threads have let go of the last collective's tensors.
+    """Wait, before the process ends, until gloo's threads have freed the tensors of the last collective.
 
-    To free them they need the interpreter's lock, and torch's teardown holds it while it waits for those threads (seen
-    with torch 2.13: the process hangs for ever). Other backends, and one process, do not wait.
+    To free them they need the interpreter's lock, which torch's teardown holds while it waits for those threads (seen
+    with torch 2.13: the process hangs). Other backends, and a single process, do not wait.
 
     Args:
-        seconds: to wait; the threads need microseconds, on a machine that lets them run.
+        seconds: to wait; the threads need microseconds once they are scheduled.
     """
     if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend():
         time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Sharded tensors: the part that this process holds, and the whole."""
+"""Sharded tensors: the local part, and the whole tensor."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch.distributed.tensor import DTensor
 
 
 def held(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor; another one as it is."""
+    """The local part of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(param: Tensor, part: Tensor) -> Tensor:
-    """The inverse of `held`: a part as that of a tensor that is sharded as `param` is."""
+    """The inverse of `held`: the local part of a tensor that is sharded as `param` is."""
     if not isinstance(param, DTensor):
         return part
     return DTensor.from_local(
@@ -21,10 +21,10 @@ def like(param: Tensor, part: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all of its shards; another one as it is."""
+    """The whole of a sharded tensor, a collective call; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(param: Tensor) -> bool:
-    """Whether FSDP, of either version, or ZeRO-3 has cut a parameter up among the processes."""
+    """Whether FSDP (either version) or ZeRO-3 has sharded a parameter."""
     return isinstance(param, DTensor) or type(param).__name__ == "FlatParameter" or hasattr(param, "ds_id")

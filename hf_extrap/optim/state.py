@@ -1,0 +1,165 @@
+"""What Extrapolated saves beside its base optimizer: tensors, numbers and names, nothing that needs pickle."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .distributed import rank_and_world_size
+
+if TYPE_CHECKING:
+    from .extrapolated import Extrapolated
+
+logger = logging.getLogger(__name__)
+
+
+def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
+    """What is the same in every process; with the directions where every process has the same."""
+    return {
+        **_progress(optimizer),
+        "last_step": optimizer.scheme.last_step.lengths,
+        "local": None if _is_own(optimizer) else _directions(optimizer),
+    }
+
+
+def check_shared_state(state: Any) -> None:
+    """Refuse what `shared_state` cannot have returned; an empty state is that of a base optimizer alone.
+
+    Raises:
+        ValueError: in one sentence that names the entry.
+    """
+    _check(isinstance(state, Mapping), "extrap", state, "a mapping")
+    if not state:
+        return
+    _check_progress(state, "extrap.")
+    last_step, local = state.get("last_step"), state.get("local")
+    _check(last_step is None or isinstance(last_step, Tensor), "extrap.last_step", last_step, "a tensor, or none")
+    _check(local is None or isinstance(local, Mapping), "extrap.local", local, "a mapping, or none")
+    if local is not None:
+        _check_directions(local, "extrap.local.")
+
+
+def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+    """The inverse of `shared_state`; with an empty one directions start cold."""
+    _load_progress(optimizer, state)
+    scheme = optimizer.scheme
+    scheme.last_step.lengths = state.get("last_step")
+    scheme.direction.start_cold(warn=True)
+    scheme.step_size.curvature = {}
+    if state.get("local") is not None:
+        _load_directions(optimizer, state["local"])
+
+
+def local_state(optimizer: Extrapolated) -> dict[str, Any]:
+    """All that one process needs, also where its engine saves nothing of this wrapper.
+
+    Returns:
+        `owner` and `progress`, which JSON can hold, and groups of named tensors: `directions` by `worker.parameter`
+        (the local part of a sharded parameter), `curvature` by worker, and `last_step`.
+    """
+    lengths = optimizer.scheme.last_step.lengths
+    return {
+        **_directions(optimizer),
+        "progress": _progress(optimizer),
+        "last_step": {} if lengths is None else {"lengths": lengths},
+    }
+
+
+def load_local_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+    """The inverse of `local_state`; another owner's directions are left out, with a warning."""
+    _check_directions(state, "")
+    if "progress" in state:
+        _check_progress(state["progress"], "progress.")
+        _load_progress(optimizer, state["progress"])
+        lengths = state["last_step"].get("lengths")
+        device = optimizer.engine.params()[0].device
+        optimizer.scheme.last_step.lengths = None if lengths is None else lengths.to(device, copy=True)
+    _load_directions(optimizer, state)
+
+
+def _progress(optimizer: Extrapolated) -> dict[str, Any]:
+    return {
+        "step_count": optimizer.step_count,
+        "skipped_steps": optimizer.skipped_steps,
+        "peak_lr": list(optimizer.scheme.step_size.peak_lr),
+    }
+
+
+def _load_progress(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+    optimizer.step_count = int(state.get("step_count", 0))
+    optimizer.skipped_steps = int(state.get("skipped_steps", 0))
+    optimizer.scheme.step_size.peak_lr = [float(rate) for rate in state.get("peak_lr", [])]
+
+
+def _directions(optimizer: Extrapolated) -> dict[str, Any]:
+    scheme = optimizer.scheme
+    return {
+        "owner": _owner(optimizer),
+        "directions": scheme.direction.state_dict(),
+        "curvature": {str(worker): value for worker, value in scheme.step_size.curvature.items()},
+    }
+
+
+def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+    owner, scheme = _owner(optimizer), optimizer.scheme
+    scheme.step_size.curvature = {}
+    if state["owner"] != owner:
+        differing = ", ".join(
+            f"{name} was {state['owner'].get(name)!r} and is {value!r}"
+            for name, value in owner.items()
+            if state["owner"].get(name) != value
+        )
+        logger.warning("the saved directions belong to another run (%s): directions start cold", differing)
+        scheme.direction.start_cold(warn=False)
+        return
+    scheme.direction.load_state_dict(state["directions"])
+    device = optimizer.engine.params()[0].device
+    scheme.step_size.curvature = {
+        int(worker): torch.as_tensor(value).to(device, copy=True) for worker, value in state["curvature"].items()
+    }
+
+
+def _is_own(optimizer: Extrapolated) -> bool:
+    """Whether directions are each process's own."""
+    return optimizer.engine.is_sharded or (optimizer.config.is_local and rank_and_world_size()[1] > 1)
+
+
+def _owner(optimizer: Extrapolated) -> dict[str, Any]:
+    """Which run can use these directions: global ones of whole parameters fit any number of workers."""
+    owner: dict[str, Any] = {"direction": optimizer.config.direction, "scope": optimizer.config.scope}
+    if optimizer.config.is_local:
+        owner["virtual_workers"] = optimizer.virtual_workers
+    if optimizer.engine.is_sharded:
+        owner["engine"] = optimizer.engine.name
+    if optimizer.config.is_local or optimizer.engine.is_sharded:
+        owner["rank"], owner["world_size"] = rank_and_world_size()
+    return owner
+
+
+def _check(holds: bool, name: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} of the saved optimizer state is a {type(value).__name__}; allowed: {allowed}.")
+
+
+def _check_progress(state: Any, where: str) -> None:
+    _check(isinstance(state, Mapping), where.rstrip("."), state, "a mapping")
+    for name in ("step_count", "skipped_steps"):
+        value = state.get(name, 0)
+        _check(isinstance(value, int) and value >= 0, where + name, value, "a whole number >= 0")
+    rates = state.get("peak_lr", [])
+    is_list = isinstance(rates, (list, tuple)) and all(isinstance(rate, (int, float)) for rate in rates)
+    _check(is_list, where + "peak_lr", rates, "a list of numbers")
+
+
+def _check_directions(state: Any, where: str) -> None:
+    _check(isinstance(state, Mapping), where.rstrip(".") or "the local state", state, "a mapping")
+    for name in ("owner", "directions", "curvature"):
+        _check(isinstance(state.get(name), Mapping), where + name, state.get(name), "a mapping")
+    for name, value in state["directions"].items():
+        parts = str(name).split(".")
+        _check(len(parts) == 2 and all(map(str.isdigit, parts)), f"{where}directions.{name}", name, "WORKER.PARAMETER")
+        _check(isinstance(value, Tensor), f"{where}directions.{name}", value, "a tensor")
