@@ -19,6 +19,7 @@ from hf_extrap.optim.batched_workers import BatchedWorkers
 from hf_extrap.optim.host_store import HostStore
 from hf_extrap.optim.memory import DirectionMemory
 from tests.support.late_transfers import LateTransfers, Watch
+from tests.support.plain_loop import identical, values
 
 WORKERS = 3
 TENSORS = 4
@@ -94,6 +95,46 @@ def test_the_host_gives_the_same_numbers(preset: str, fields: dict[str, Any]) ->
     pairs = list(zip(beside[0].parameters(), host[0].parameters(), stock[0].parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not any(torch.equal(a, c) for a, _, c in pairs), "nothing was extrapolated"
+
+
+@pytest.mark.parametrize("fields", [{}, {"direction_dtype": "bfloat16"}, {"swap": False}], ids=str)
+@pytest.mark.parametrize("preset", ["extrap", "extrap-past", "extragradient", "optimistic", "past-update"])
+def test_a_worker_without_a_gradient_has_no_direction(preset: str, fields: dict[str, Any]) -> None:
+    """Of four layers each worker uses another choice in every step: memory left from an earlier step is no direction."""
+    ends = []
+    for place in (None, "cpu"):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+        config = ExtrapConfig.preset(preset, direction_device=place, step_size=0.5, scaling="none", **fields)
+        optimizer = Extrapolated(torch.optim.SGD(layers.parameters(), lr=0.1), config, virtual_workers=WORKERS)
+        generator = torch.Generator().manual_seed(1)
+        visited = []
+        for _ in range(8):
+            chosen = torch.rand(WORKERS, 4, generator=generator).lt(0.5).tolist()
+            rows = torch.randn(WORKERS, 3, 5, generator=generator)
+
+            def backward(worker: int, chosen: Any = chosen, rows: Tensor = rows, layers: Any = layers) -> None:
+                out = rows[worker]
+                for layer, used in zip(layers, chosen[worker], strict=True):
+                    out = torch.tanh(layer(out)) if used else out
+                if out.requires_grad:
+                    (out.square().mean() / WORKERS).backward()
+
+            if not config.is_local and optimizer.wants_probe:
+                with optimizer.probing():
+                    for worker in range(WORKERS):
+                        backward(worker)
+            for worker in range(WORKERS):
+                if config.is_local and optimizer.wants_probe:
+                    with optimizer.probing(worker=worker):
+                        backward(worker)
+                optimizer.train(worker=worker)
+                visited += values(list(layers.parameters()))
+                backward(worker)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(visited)
+    assert identical(*ends)
 
 
 @pytest.mark.parametrize("saved_on", [None, "cpu"])
