@@ -100,7 +100,7 @@ def test_the_host_gives_the_same_numbers(preset: str, fields: dict[str, Any]) ->
 @pytest.mark.parametrize("fields", [{}, {"direction_dtype": "bfloat16"}, {"swap": False}], ids=str)
 @pytest.mark.parametrize("preset", ["extrap", "extrap-past", "extragradient", "optimistic", "past-update"])
 def test_a_worker_without_a_gradient_has_no_direction(preset: str, fields: dict[str, Any]) -> None:
-    """Of four layers each worker uses another choice in every step: memory left from an earlier step is no direction."""
+    """Each worker uses other layers in every step: memory left from an earlier step is no direction."""
     ends = []
     for place in (None, "cpu"):
         torch.manual_seed(0)
