@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -173,6 +175,28 @@ def test_parameters_that_share_memory_move_together() -> None:
     assert alone.data_ptr() != address
     assert torch.equal(flat, torch.cat([first.detach(), second.detach()]))
     assert twins[0].data_ptr() == twins[1].data_ptr()
+
+
+@pytest.mark.parametrize("alias", [lambda p: p.detach(), lambda p: p.data, lambda p: p.data.view(-1).view_as(p)])
+@pytest.mark.parametrize("swap", [None, True, False])
+def test_an_alias_of_a_parameter_in_the_forward_pass_sees_y(
+    swap: bool | None, alias: Callable[[Tensor], Tensor]
+) -> None:
+    """The parameter is moved in place as long as an alias lives, and points to y again once it is gone."""
+    model, optimizer = make("extrap-past", swap)
+    weight, other = model[0].weight, model[2].weight
+    for kept in (weight, other):
+        aliases = alias(kept)
+        run_plain_loop(model, optimizer, optimizer.config, range(1), steps=2)
+        optimizer.train()
+        y = values([kept])[0]
+        assert torch.equal(aliases, kept) and aliases.data_ptr() == kept.data_ptr()
+        optimizer.rest()
+        assert torch.equal(aliases, kept) and not torch.equal(kept, y)
+        del aliases
+    address = weight.data_ptr()
+    optimizer.train()
+    assert (weight.data_ptr() == address) is (swap is False)
 
 
 def test_who_owns_its_memory() -> None:
