@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.spares import owns_memory
+from tests.support.kept_memory import kept_beside
 from tests.support.plain_loop import (
     PRESETS,
     adamw,
@@ -68,16 +69,10 @@ def test_x_stays_in_its_memory(swap: bool) -> None:
 @pytest.mark.parametrize("swap", [True, False])
 def test_memory_does_not_grow(preset: str, swap: bool) -> None:
     model, optimizer = make(preset, swap, WORKERS)
-
-    def held() -> int:
-        memory = optimizer._memory
-        stores = [*memory.directions.values(), *memory.captured.values(), memory.spares.tensors()]
-        return len({t.data_ptr() for buffers in stores for t in buffers if t is not None})
-
     sizes = []
     for _ in range(4):
         run_plain_loop(model, optimizer, optimizer.config, range(WORKERS), steps=2)
-        sizes.append(held())
+        sizes.append(kept_beside(model, optimizer))
     assert sizes[1:] == sizes[:-1]
     # K directions and the memory that the next gradient takes; one for all otherwise, and a copy of x without swap.
     assert sizes[0] <= len(list(model.parameters())) * (WORKERS + 1 if preset == "extrap-past" else 1 + (not swap))
@@ -92,7 +87,7 @@ def test_a_direction_that_cannot_be_used_yet_is_not_kept() -> None:
             backward(model, worker)
         for _ in range(2):
             optimizer.train(worker=worker)
-        assert not optimizer._memory.directions
+        assert not optimizer.local_state_dict()["directions"]
         backward(model, worker)
 
 

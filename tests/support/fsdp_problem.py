@@ -152,7 +152,7 @@ def what_ran(model: nn.Module, optimizer: Extrapolated, run: Run) -> dict[str, A
     return {
         "x": run.x,
         "y": run.y,
-        "engine": optimizer._engine.name,
+        "engine": optimizer.engine.name,
         "modules": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "placements": sorted({str(p.placements) for p in params if isinstance(p, DTensor)}),
         "mesh": sorted({tuple(p.device_mesh.shape) for p in params if isinstance(p, DTensor)}),
