@@ -47,7 +47,7 @@ class OwnReduceScatter:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output: torch.Tensor, source: torch.Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        return dist.reduce_scatter_tensor(output, source, group=group, op=op, async_op=async_op)
+        return dist.reduce_scatter_single(output=output, input=source, group=group, op=op, async_op=async_op)
 
 
 def error_of(what: str, mesh: DeviceMesh) -> str:

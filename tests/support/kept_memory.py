@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_extrap import Extrapolated
