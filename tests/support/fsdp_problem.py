@@ -21,6 +21,7 @@ SCHEMES = {
     **SHARED,
     "extrap-auto": CELLS["extrap-auto"].config,
     "sam": CELLS["sam"].config,
+    "extrap-past, on the host": ExtrapConfig.preset("extrap-past", step_ratio=0.5, direction_device="cpu"),
     "extragradient-auto": CELLS["extragradient-auto"].config,
     "gaussian, unscaled": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global", scaling="none"),
 }
