@@ -46,8 +46,10 @@ class OwnReduceScatter:
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output: torch.Tensor, source: torch.Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        return dist.reduce_scatter_single(output=output, input=source, group=group, op=op, async_op=async_op)
+    def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, op: Any, async_op: bool = False) -> Any:
+        return dist.reduce_scatter_single(
+            output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
+        )
 
 
 def error_of(what: str, mesh: DeviceMesh) -> str:
