@@ -69,7 +69,7 @@ def used_in_forward(mp_policy: MixedPrecisionPolicy | None, follows: bool = True
     optimizer = connected(model, "gaussian, shared")
     params: dict[str, Any] = dict(model.named_parameters())
     if not follows:
-        optimizer._engine.moved = lambda: None  # type: ignore[method-assign]
+        optimizer.engine.moved = lambda: None  # type: ignore[method-assign]
     with torch.no_grad():
         model(torch.ones(2, 5))
     x = {"last": model.seen["last"].clone(), "scale": model.seen["scale"].clone()}

@@ -209,8 +209,8 @@ def test_both_passes_see_the_same_dropout_and_workers_different(preset: str) -> 
     optimizer.collect_statistics = True  # which keeps the directions until the step's end
     batches = [{"inputs": torch.ones(4, 6), "labels": torch.zeros(4, dtype=torch.long)}] * 2
     losses = batched_step(BatchedWorkers(optimizer, model, cross_entropy), batches)
-    directions = optimizer._memory.directions
-    mean = directions[0][0] if preset == "extragradient" else (directions[0][0] + directions[1][0]) / 2
+    directions = optimizer.local_state_dict()["directions"]
+    mean = directions["0.0"] if preset == "extragradient" else (directions["0.0"] + directions["1.0"]) / 2
     torch.testing.assert_close(model[1].weight.grad, mean)
     assert losses[0] != losses[1]
 
@@ -271,4 +271,5 @@ def test_a_gradient_that_is_not_finite_skips_the_step() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert identical(before, list(model.parameters())) == (step == 2)
-    assert optimizer.skipped_steps == 1 and optimizer.step_count == 2 and not optimizer._memory.directions
+    assert optimizer.skipped_steps == 1 and optimizer.step_count == 2
+    assert not optimizer.local_state_dict()["directions"]

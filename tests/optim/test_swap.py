@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.spares import owns_memory
+from hf_extrap.optim.buffers import owns_storage
+from tests.support.kept_memory import kept_beside
 from tests.support.plain_loop import (
     PRESETS,
     adamw,
@@ -66,16 +69,10 @@ def test_x_stays_in_its_memory(swap: bool) -> None:
 @pytest.mark.parametrize("swap", [True, False])
 def test_memory_does_not_grow(preset: str, swap: bool) -> None:
     model, optimizer = make(preset, swap, WORKERS)
-
-    def held() -> int:
-        memory = optimizer._memory
-        stores = [*memory.directions.values(), *memory.captured.values(), memory.spares.tensors()]
-        return len({t.data_ptr() for buffers in stores for t in buffers if t is not None})
-
     sizes = []
     for _ in range(4):
         run_plain_loop(model, optimizer, optimizer.config, range(WORKERS), steps=2)
-        sizes.append(held())
+        sizes.append(kept_beside(model, optimizer))
     assert sizes[1:] == sizes[:-1]
     # K directions and the memory that the next gradient takes; one for all otherwise, and a copy of x without swap.
     assert sizes[0] <= len(list(model.parameters())) * (WORKERS + 1 if preset == "extrap-past" else 1 + (not swap))
@@ -90,7 +87,7 @@ def test_a_direction_that_cannot_be_used_yet_is_not_kept() -> None:
             backward(model, worker)
         for _ in range(2):
             optimizer.train(worker=worker)
-        assert not optimizer._memory.directions
+        assert not optimizer.local_state_dict()["directions"]
         backward(model, worker)
 
 
@@ -175,12 +172,34 @@ def test_parameters_that_share_memory_move_together() -> None:
     assert twins[0].data_ptr() == twins[1].data_ptr()
 
 
+@pytest.mark.parametrize("alias", [lambda p: p.detach(), lambda p: p.data, lambda p: p.data.view(-1).view_as(p)])
+@pytest.mark.parametrize("swap", [None, True, False])
+def test_an_alias_of_a_parameter_in_the_forward_pass_sees_y(
+    swap: bool | None, alias: Callable[[Tensor], Tensor]
+) -> None:
+    """The parameter is moved in place as long as an alias lives, and points to y again once it is gone."""
+    model, optimizer = make("extrap-past", swap)
+    weight, other = model[0].weight, model[2].weight
+    for kept in (weight, other):
+        aliases = alias(kept)
+        run_plain_loop(model, optimizer, optimizer.config, range(1), steps=2)
+        optimizer.train()
+        y = values([kept])[0]
+        assert torch.equal(aliases, kept) and aliases.data_ptr() == kept.data_ptr()
+        optimizer.rest()
+        assert torch.equal(aliases, kept) and not torch.equal(kept, y)
+        del aliases
+    address = weight.data_ptr()
+    optimizer.train()
+    assert (weight.data_ptr() == address) is (swap is False)
+
+
 def test_who_owns_its_memory() -> None:
     whole, shared = torch.zeros(4, 2), torch.zeros(3).share_memory_()
-    assert owns_memory(nn.Parameter(whole))
-    assert owns_memory(nn.Parameter(whole.t()))
+    assert owns_storage(nn.Parameter(whole))
+    assert owns_storage(nn.Parameter(whole.t()))
     tensors: list[Tensor] = [whole[:2], whole[2:], shared]
-    assert not any(owns_memory(nn.Parameter(t)) for t in tensors)
+    assert not any(owns_storage(nn.Parameter(t)) for t in tensors)
 
 
 def test_step_without_a_check_is_the_base_optimizers() -> None:

@@ -142,9 +142,9 @@ def zero(stage: int, cell: Cell, fields: dict[str, Any], connected: bool = True)
 
 
 def facts_of(optimizer: Extrapolated, params: list[nn.Parameter]) -> dict[str, Any]:
-    moved = optimizer._engine.params()
+    moved = optimizer.engine.params()
     return {
-        "engine": type(optimizer._engine).__name__,
+        "engine": type(optimizer.engine).__name__,
         "moves_shards": all(isinstance(p, DTensor) for p in moved),
         "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in moved),
         "elements": sum(getattr(p, "ds_numel", p.numel()) for p in params),

@@ -113,7 +113,7 @@ def overflow(name: str) -> dict[str, Any]:
         "skipped": optimizer.skipped_steps,
         "counted": getattr(engine.model, "skipped_steps", None),
         "steps": optimizer.step_count,
-        "directions": len(optimizer._memory.directions),
+        "directions": len(optimizer.local_state_dict()["directions"]),
     }
     run = train(engine, cell, mine(cell), range(100, 103))
     return {**seen, "after": run.losses, "finite": all(bool(p.isfinite().all()) for p in run.end)}

@@ -40,11 +40,11 @@ def resume(name: str, cell: Cell, folder: Path) -> dict[str, Any]:
     again.optimizer.load_local_state_dict({**state, "owner": {**state["owner"], "world_size": 4}} if is_own else state)
     return {
         "is_own": is_own,
-        "left of another world size": len(again.optimizer._memory.directions) if is_own else 0,
+        "left of another world size": len(again.optimizer.local_state_dict()["directions"]) if is_own else 0,
         "losses": [unbroken.losses, resumed.losses],
         "ends": [unbroken.end, resumed.end],
         "steps": [engine.optimizer.step_count, again.optimizer.step_count],
-        "peaks": [engine.optimizer._sizes.peak_lr, again.optimizer._sizes.peak_lr],
+        "peaks": [e.optimizer.local_state_dict()["progress"]["peak_lr"] for e in (engine, again)],
         "plain": all(type(t) is torch.Tensor for t in engine.optimizer.local_state_dict()["directions"].values()),
     }
 

@@ -21,6 +21,7 @@ SCHEMES = {
     **SHARED,
     "extrap-auto": CELLS["extrap-auto"].config,
     "sam": CELLS["sam"].config,
+    "extrap-past, on the host": ExtrapConfig.preset("extrap-past", step_ratio=0.5, direction_device="cpu"),
     "extragradient-auto": CELLS["extragradient-auto"].config,
     "gaussian, unscaled": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global", scaling="none"),
 }
@@ -152,7 +153,7 @@ def what_ran(model: nn.Module, optimizer: Extrapolated, run: Run) -> dict[str, A
     return {
         "x": run.x,
         "y": run.y,
-        "engine": optimizer._engine.name,
+        "engine": optimizer.engine.name,
         "modules": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "placements": sorted({str(p.placements) for p in params if isinstance(p, DTensor)}),
         "mesh": sorted({tuple(p.device_mesh.shape) for p in params if isinstance(p, DTensor)}),

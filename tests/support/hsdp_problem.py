@@ -10,7 +10,7 @@ JOBS = [
     *(Job(scheme, "adamw") for scheme in ("none", "extrap", "extrap-past, a layer's step", "gaussian, shared")),
     *(Job(scheme, "sgd") for scheme in ("extrap, a layer's step", "extrap-auto", "past-update", "gaussian")),
     Job("extrap-past", max_grad_norm=0.05),
-    *(Job(scheme, virtual_workers=2) for scheme in ("extrap", "extrap-past", "gaussian")),
+    *(Job(scheme, virtual_workers=2) for scheme in ("extrap", "extrap-past", "extrap-past, on the host", "gaussian")),
     *(Job("extrap-past", accumulation=2, reduced=r) for r in ("at the end", "all", "all, averaged at the end")),
     Job("extrap", "adamw", accumulation=2, reduced="all, averaged at the end"),
 ]

@@ -109,7 +109,8 @@ class Step:
             else float(config.step_size or 0) * (rate / peak if config.anneals else 1)
             for rate, peak in zip(self.rates, self.peaks, strict=True)
         ]
-        return [-size * move for size, move in zip(sizes, moves, strict=True)]
+        sign = 1 if config.ascent else -1
+        return [sign * size * move for size, move in zip(sizes, moves, strict=True)]
 
 
 def assert_displacements(steps: Sequence[Step], config: ExtrapConfig) -> float:

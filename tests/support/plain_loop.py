@@ -98,6 +98,8 @@ CELLS: dict[str, Cell] = {
     "extragradient-auto": _cell("extragradient", step_size="auto"),
     "optimistic-auto": _cell("optimistic", step_size="auto", probe_every=3, curvature_share=0.15),
     "past-update-auto": _cell("past-update", step_size="auto", probe_every=4),
+    # Workers share the last update, and probe each its own gradient.
+    "past-update-auto-local": _cell("past-update", step_size="auto", probe_every=4, scope="local"),
     "extrap-auto-constant": _cell("extrap", step_size="auto", anneal=False),
     # The other fields.
     "extrap-annealed": _cell("extrap", step_size=0.2),
