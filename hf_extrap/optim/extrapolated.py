@@ -16,7 +16,7 @@ from . import state
 from .buffers import Buffers
 from .config import ExtrapConfig
 from .displacement import ABANDONED
-from .engines import Engine, check_arguments, check_known, check_scheme, engine_of
+from .engines import Engine, check_arguments, check_known, check_params, check_scheme, engine_of
 from .foreach import is_finite
 from .loss_scale import LossScale
 from .probing import fresh_gradient, scaled
@@ -297,6 +297,12 @@ class Extrapolated(OptimizerWrapper):
         self.scheme.direction.keep_averaged_gradient(self.step_count, gradients)
         self._end_step([p.requires_grad for p in self.engine.leaves()])
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; within a step it has no direction yet."""
+        params = param_group["params"]
+        check_params([params] if isinstance(params, Tensor) else list(params), self.config, len(self._params()))
+        super().add_param_group(param_group)
+
     # A step that is not taken
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -391,7 +397,7 @@ class Extrapolated(OptimizerWrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, or the base optimizer's state alone, with which directions start cold."""
         added = state_dict.get("extrap", {})
-        state.check_shared_state(added)
+        state.check_shared_state(self, added)
         self.restore()
         self.reset_step()
         self.base.load_state_dict({name: value for name, value in state_dict.items() if name != "extrap"})

@@ -39,7 +39,7 @@ class Preconditioner:
         if self._scales is None or len(self._scales) != len(params):
             self._scales = adam_preconditioner(self._base, params)
         moved: Buffers = []
-        for p, d, scale in zip(params, direction or [None] * len(params), self._scales, strict=True):
+        for p, d, scale in zip(params, direction, self._scales, strict=False):
             if d is not None and scale is None and self._base.state.get(p):
                 raise ValueError(
                     f"precondition is true, but the base optimizer {type(self._base).__name__} keeps no exp_avg_sq and "

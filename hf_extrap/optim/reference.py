@@ -84,7 +84,7 @@ def extrapolate(
             d = past
         elif active and config.is_noise:
             draw = noise or (lambda t, k: _noise(x, config, t, k))
-            d = [draw(t, k if config.scope == "local" else 0) for k in range(K)]
+            d = [draw(t, k if config.is_local else 0) for k in range(K)]
 
         P = _preconditioner(optimizer, x) if config.precondition else [torch.ones_like(p) for p in x]
         d_raw, d = d, [_each(torch.mul, P, v) for v in d]
@@ -202,7 +202,7 @@ def _mean(g: list[Gradient]) -> Gradient:
 
 def _seen_by_workers(g: list[Gradient], config: ExtrapConfig, x: Point) -> list[Point]:
     """What each worker knows of the gradients: its own in local scope, the average in global scope."""
-    return [_filled(v, x) for v in (g if config.scope == "local" else [_mean(g)] * len(g))]
+    return [_filled(v, x) for v in (g if config.is_local else [_mean(g)] * len(g))]
 
 
 def _filled(g: Gradient, x: Point) -> Point:

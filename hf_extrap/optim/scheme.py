@@ -144,7 +144,7 @@ class Scheme:
     def measure_curvature(self, worker: int, at_y: Buffers) -> None:
         """Compare a worker's gradient at y with the one at x, its direction."""
         at_x = self.direction.store[worker]
-        pairs = enumerate(zip(at_y, at_x, strict=True))
+        pairs = enumerate(zip(at_y, at_x, strict=False))
         change = {i: a.sub(b.to(a)) for i, (a, b) in pairs if a is not None and b is not None}
         if change and worker in self._distances and isinstance(self.step_size, AutoStepSize):
             seen = self.preconditioner.in_metric(change, 0.5)

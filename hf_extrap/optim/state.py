@@ -26,8 +26,8 @@ def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
     }
 
 
-def check_shared_state(state: Any) -> None:
-    """Refuse what `shared_state` cannot have returned; an empty state is that of a base optimizer alone.
+def check_shared_state(optimizer: Extrapolated, state: Any) -> None:
+    """Refuse what `shared_state` of this model cannot have returned; an empty state is a base optimizer's alone.
 
     Raises:
         ValueError: in one sentence that names the entry.
@@ -37,10 +37,11 @@ def check_shared_state(state: Any) -> None:
         return
     _check_progress(state, "extrap.")
     last_step, local = state.get("last_step"), state.get("local")
-    _check(last_step is None or isinstance(last_step, Tensor), "extrap.last_step", last_step, "a tensor, or none")
-    _check(local is None or isinstance(local, Mapping), "extrap.local", local, "a mapping, or none")
+    size = len(optimizer.engine.params())
+    fits = last_step is None or (isinstance(last_step, Tensor) and last_step.dim() == 1 and len(last_step) <= size)
+    _check(fits, "extrap.last_step", last_step, f"one length for each of {size} parameters, or none")
     if local is not None:
-        _check_directions(local, "extrap.local.")
+        _check_directions(optimizer, local, "extrap.local")
 
 
 def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def local_state(optimizer: Extrapolated) -> dict[str, Any]:
 
 def load_local_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     """The inverse of `local_state`; another owner's directions are left out, with a warning."""
-    _check_directions(state, "")
+    _check_directions(optimizer, state, "the local state")
     if "progress" in state:
         _check_progress(state["progress"], "progress.")
         _load_progress(optimizer, state["progress"])
@@ -155,11 +156,14 @@ def _check_progress(state: Any, where: str) -> None:
     _check(is_list, where + "peak_lr", rates, "a list of numbers")
 
 
-def _check_directions(state: Any, where: str) -> None:
-    _check(isinstance(state, Mapping), where.rstrip(".") or "the local state", state, "a mapping")
+def _check_directions(optimizer: Extrapolated, state: Any, where: str) -> None:
+    _check(isinstance(state, Mapping), where, state, "a mapping")
     for name in ("owner", "directions", "curvature"):
-        _check(isinstance(state.get(name), Mapping), where + name, state.get(name), "a mapping")
-    for name, value in state["directions"].items():
-        parts = str(name).split(".")
-        _check(len(parts) == 2 and all(map(str.isdigit, parts)), f"{where}directions.{name}", name, "WORKER.PARAMETER")
-        _check(isinstance(value, Tensor), f"{where}directions.{name}", value, "a tensor")
+        _check(isinstance(state.get(name), Mapping), f"{where}.{name}", state.get(name), "a mapping")
+    if state["owner"] != _owner(optimizer):
+        # They will not be used.
+        return
+    optimizer.scheme.direction.check_state_dict(state["directions"], optimizer.virtual_workers)
+    for worker, value in state["curvature"].items():
+        is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        _check(str(worker).isdigit() and is_number, f"{where}.curvature.{worker}", value, "a number of a worker")

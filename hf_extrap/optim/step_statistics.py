@@ -60,7 +60,7 @@ class StepStatistics:
 
 def cosine(direction: Gradient, gradient: Gradient) -> Tensor:
     """The cosine of two vectors over the tensors that both have, 0-dim; 0 where one vanishes."""
-    pairs = [(d.to(g), g) for d, g in zip(direction, gradient, strict=True) if d is not None and g is not None]
+    pairs = [(d.to(g), g) for d, g in zip(direction, gradient, strict=False) if d is not None and g is not None]
     if not pairs:
         return torch.zeros(())
     norms = total_norm([d for d, _ in pairs]) * total_norm([g for _, g in pairs])
@@ -77,7 +77,7 @@ def clipping_factor(averaged: Gradient, local: Gradient) -> Tensor:
         averaged: ḡ, clipped or not.
         local: this process's own gradient, not clipped.
     """
-    pairs = [(a, b.to(a)) for a, b in zip(averaged, local, strict=True) if a is not None and b is not None]
+    pairs = [(a, b.to(a)) for a, b in zip(averaged, local, strict=False) if a is not None and b is not None]
     if not pairs:
         return torch.ones(())
     square = total_norm([a for a, _ in pairs]).square()

@@ -104,10 +104,10 @@ def test_an_interrupted_restoration_can_be_repeated(preset: str, swap: bool) -> 
         assert not identical(x, list(model.parameters()))
         try:
             with Interrupt(at):
-                optimizer.rest()
+                optimizer.restore()
             interrupted = False
         except KeyboardInterrupt:
-            optimizer.rest()
+            optimizer.restore()
         if not identical(x, list(model.parameters())) or addresses(model) != memory:
             lost.append(at)
         optimizer.zero_grad()

@@ -302,7 +302,7 @@ def test_late_copies_give_the_same_numbers_on_a_gpu(preset: str, swap: bool | No
     with LateCopies() as copies:
         train(*late, 0, 6)
     assert same(near[0], late[0])
-    assert copies.late > 100 * (preset == "extrap-past")
+    assert copies.late >= 100 * (preset == "extrap-past")
 
 
 @on_a_gpu

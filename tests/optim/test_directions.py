@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_extrap.optim import displacement
 from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.directions import noise
+from hf_extrap.optim.directions.noise import noise
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import scaled
+from hf_extrap.optim import scaling as scalings
 from tests.support.plain_loop import distance, identical
 
 SCALINGS = ["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
@@ -27,7 +27,7 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tens
 
 def scale_direction(scaling: str, direction: list[Tensor], x: list[Tensor], last: Tensor | None = None) -> list[Tensor]:
     """S(d, x), multiplied out."""
-    moves, factors = displacement.scale_direction(scaling, direction, x, last)
+    moves, factors = scalings.SCALINGS[scaling](direction, x, last)
     return moves if factors is None else [m.to(f.dtype) * f for m, f in zip(moves, factors, strict=True)]
 
 

@@ -82,7 +82,9 @@ def test_workers_can_be_visited_in_any_order(preset: str) -> None:
             assert identical(params, ys[k])
     else:
         # Its direction's memory has taken its y, and then the next worker's gradient.
-        with pytest.raises(RuntimeError, match="worker 0 has left its extrapolated point.*allowed: all micro-batches of one virtual"):
+        with pytest.raises(
+            RuntimeError, match="worker 0 has left its extrapolated point.*allowed: all micro-batches of one virtual"
+        ):
             optimizer.train(worker=0)
 
 

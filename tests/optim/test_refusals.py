@@ -188,9 +188,14 @@ def test_groups_and_defaults_hold_what_the_base_alone_has(name: str) -> None:
         return getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))], lr=0.1)
 
     bare, inner = base(), base()
-    optimizer = Extrapolated(inner, ExtrapConfig.preset("extrap-past"))
+    optimizer = Extrapolated(inner, ExtrapConfig.preset("none" if name == "LBFGS" else "extrap-past"))
     if name != "LBFGS":
         for stepped in (bare, optimizer):
             stepped.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
     assert [set(group) for group in optimizer.param_groups] == [set(group) for group in bare.param_groups]
     assert optimizer.defaults == bare.defaults == inner.defaults
+
+
+def test_an_optimizer_with_points_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="base is LBFGS.*allowed: direction 'none', or another optimizer"):
+        Extrapolated(torch.optim.LBFGS([nn.Parameter(torch.ones(2))]), ExtrapConfig.preset("extrap-past"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_extrap.optim.buffers import owns_storage
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.buffers import owns_storage
 from tests.support.kept_memory import kept_beside
 from tests.support.plain_loop import (
     PRESETS,
@@ -186,7 +186,7 @@ def test_an_alias_of_a_parameter_in_the_forward_pass_sees_y(
         optimizer.train()
         y = values([kept])[0]
         assert torch.equal(aliases, kept) and aliases.data_ptr() == kept.data_ptr()
-        optimizer.rest()
+        optimizer.restore()
         assert torch.equal(aliases, kept) and not torch.equal(kept, y)
         del aliases
     address = weight.data_ptr()

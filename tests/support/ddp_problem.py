@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.directions import noise
+from hf_extrap.optim.directions.noise import noise
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import Loss, Trajectory, extrapolate
 from tests.support.plain_loop import BASES, SCHEMES, Run, values, warm_up_and_decay

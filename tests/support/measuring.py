@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.directions import noise
+from hf_extrap.optim.directions.noise import noise
 from hf_extrap.optim.reference import scaled
 from tests.support.plain_loop import values
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from .offload import OffloadedStore, Transfers
 from .pool import BufferPool, StorageOwners, fits, owns_storage
-from .store import Buffers, BufferStore
+from .store import Buffers, BufferStore, padded
 
-__all__ = ["BufferPool", "BufferStore", "Buffers", "StorageOwners", "fits", "make_stores", "owns_storage"]
+__all__ = ["BufferPool", "BufferStore", "Buffers", "StorageOwners", "fits", "make_stores", "owns_storage", "padded"]
 
 
 def make_stores(offload: bool) -> tuple[BufferPool, BufferStore, BufferStore]:

@@ -66,7 +66,7 @@ def fits(tensor: Tensor, like: Tensor, device: torch.device | None = None) -> bo
 
 
 class StorageOwners:
-    """Which parameters own their storage; computed again when an address has changed."""
+    """Which parameters own their storage, so that they may point to other memory for a while."""
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
@@ -79,7 +79,13 @@ class StorageOwners:
             count = Counter(addresses)
             self._owners = [owns_storage(p) and count[a] == 1 for p, a in zip(params, addresses, strict=True)]
             self._addresses = addresses
-        return self._owners
+        return [owner and not has_alias(p) for owner, p in zip(self._owners, params, strict=True)]
+
+
+def has_alias(param: Tensor) -> bool:
+    """Whether another tensor, such as `param.detach()`, or an array shares the storage now."""
+    # One reference is the parameter's, and one that of the storage object of this call.
+    return torch._C._storage_Use_Count(param.untyped_storage()._cdata) > 2
 
 
 def owns_storage(param: Tensor) -> bool:

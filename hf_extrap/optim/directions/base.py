@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buffers import Buffers, BufferStore
+from ..buffers import Buffers, BufferStore, padded
 from ..config import ExtrapConfig
 from ..engines.base import Engine
 from ..foreach import is_finite
@@ -55,7 +55,7 @@ class Direction:
         if worker not in self.store and self._starts_cold and step > 0:
             logger.warning("the checkpoint has no direction for this worker: its first step does not extrapolate")
         self._starts_cold = False
-        return self.store.get(worker, [])
+        return padded(self.store[worker], len(self._engine.params())) if worker in self.store else []
 
     def is_last_use(self, worker: int, compared: bool) -> bool:
         """Whether the tensors of d are free once y is known.
@@ -147,21 +147,34 @@ class Direction:
             if d is not None
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
+    def check_state_dict(self, state: Any, workers: int) -> None:
+        """Refuse what `state_dict` of this model cannot have returned.
+
+        Args:
+            state: by `worker.parameter`.
+            workers: of this process.
 
         Raises:
-            ValueError: if a saved direction has another shape than its parameter.
+            ValueError: in one sentence that names the entry.
         """
+        params = self._engine.params()
+        for name, saved in state.items():
+            worker, _, index = str(name).partition(".")
+            if not (worker.isdigit() and index.isdigit() and int(worker) < workers):
+                raise ValueError(f"a saved direction is {name!r}; allowed: WORKER.PARAMETER, worker < {workers}.")
+            shape = getattr(saved, "shape", None)
+            if int(index) >= len(params) or shape != held(params[int(index)]).shape:
+                raise ValueError(
+                    f"the saved direction of parameter {index} has shape {shape and tuple(shape)}, which no parameter "
+                    "of this optimizer has in that place: the checkpoint belongs to another model."
+                )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         params = self._engine.params()
         directions: dict[int, Buffers] = {}
         for name, saved in state.items():
             worker, index = (int(part) for part in name.split("."))
-            if index >= len(params) or saved.shape != held(params[index]).shape:
-                raise ValueError(
-                    f"the saved direction of parameter {index} has shape {tuple(saved.shape)}, which no parameter of "
-                    "this optimizer has in that place: the checkpoint belongs to another model."
-                )
             direction = like(params[index], saved.detach().to(params[index].device, copy=True))
             directions.setdefault(worker, [None] * len(params))[index] = direction
         self.store.replace(directions)

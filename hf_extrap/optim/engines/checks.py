@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,18 +27,25 @@ def check_arguments(base: Any, config: ExtrapConfig, virtual_workers: Any) -> No
         raise TypeError(f"base is a {type(base).__name__}; allowed: any torch.optim.Optimizer but Extrapolated.")
     if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
         raise ValueError(f"virtual_workers is {virtual_workers!r}; allowed: a whole number >= 1.")
-    if not config.moves:
-        return
-    if isinstance(base, LBFGS):
+    if config.moves and isinstance(base, LBFGS):
         raise ValueError(
             "base is LBFGS, which evaluates its closure at points of its own; allowed: direction 'none', or another "
             "optimizer."
         )
-    for place, p in enumerate(p for group in base.param_groups for p in group["params"]):
+    check_params([p for group in base.param_groups for p in group["params"]], config)
+
+
+def check_params(params: Iterable[Tensor], config: ExtrapConfig, first: int = 0) -> None:
+    """Refuse parameters that cannot be moved, with a ValueError.
+
+    Args:
+        params: of the base optimizer.
+        config: the scheme.
+        first: number of the first parameter, for the error.
+    """
+    for place, p in enumerate(params if config.moves else (), start=first):
         if p.is_complex():
-            raise ValueError(
-                f"parameter {place} is complex ({p.dtype}); allowed: real parameters, or direction 'none'."
-            )
+            raise ValueError(f"parameter {place} is {p.dtype}; allowed: real parameters, or direction 'none'.")
         if not isinstance(p, DTensor) and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
                 f"parameter {place}, of shape {tuple(p.shape)}, is expanded: several of its elements share memory; "
