@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ class StepStatistics:
         self._noted.pop(name, None)
         self.note(name, *values)
 
-    def note_gradient(self, averaged: Gradient, norm: float | None, compared: Sequence[Gradient]) -> None:
+    def note_gradient(self, averaged: Gradient, norm: float | None, compared: Iterable[Gradient]) -> None:
         """Note ‖ḡ‖² and the cosine of each direction with ḡ.
 
         Args:

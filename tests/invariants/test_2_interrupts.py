@@ -77,7 +77,7 @@ def test_an_interrupted_step_keeps_x(preset: str, swap: bool) -> None:
                 take_step(optimizer, backward)
             interrupted = False
         except KeyboardInterrupt:
-            (optimizer.rest, optimizer.eval)[at % 2]()
+            (optimizer.restore, optimizer.eval)[at % 2]()
             expected = x if base.after is None else base.after
             if not identical(expected, list(model.parameters())) or addresses(model) != memory:
                 lost.append(at)

@@ -57,7 +57,7 @@ def looped_step(
     optimizer: Extrapolated, model: nn.Module, batches: Sequence[Batch], loss: Callable[..., Tensor]
 ) -> list[Tensor]:
     losses = []
-    if optimizer.config.scope == "global" and optimizer.wants_probe:
+    if not optimizer.config.is_local and optimizer.wants_probe:
         with optimizer.probing(model=model):
             for batch in batches:
                 (loss(model, batch) * optimizer.loss_scale).backward()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_extrap.optim import scaling as scalings
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.directions.noise import noise
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.reference import scaled
-from hf_extrap.optim import scaling as scalings
 from tests.support.plain_loop import distance, identical
 
 SCALINGS = ["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]

@@ -62,12 +62,12 @@ def test_parameters_without_a_gradient(name: str, workers: int, base: str) -> No
     textbook = extrapolate(list(model.parameters()), [loss_of(k) for k in range(K)], BASES[base], config, 7)  # type: ignore[misc]
     optimizer = Extrapolated(BASES[base](list(model.parameters())), config, virtual_workers=K)
     for t in range(7):
-        if config.scope == "global" and optimizer.wants_probe:
+        if not config.is_local and optimizer.wants_probe:
             with optimizer.probing():
                 for k in range(K):
                     (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
         for k in range(K):
-            if config.scope == "local" and optimizer.wants_probe:
+            if config.is_local and optimizer.wants_probe:
                 with optimizer.probing(worker=k):
                     (loss(model(make_batch(t, k)[0], (t // 2 + k) % 2), t, k) / K).backward()
             optimizer.train(worker=k)

@@ -96,7 +96,7 @@ def test_a_backward_pass_through_another_point_is_an_error(swap: bool) -> None:
     model, optimizer = make("extrap-past", swap)
     run_plain_loop(model, optimizer, optimizer.config, range(1), steps=2)
     inputs, labels = make_batch(2, 0)
-    for away, back in ((optimizer.train, optimizer.rest), (optimizer.rest, optimizer.train)):
+    for away, back in ((optimizer.train, optimizer.restore), (optimizer.restore, optimizer.train)):
         back()
         loss = nn.functional.cross_entropy(model(inputs), labels)
         away()

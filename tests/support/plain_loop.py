@@ -172,7 +172,7 @@ def run_plain_loop(
         (nn.functional.cross_entropy(model(inputs), labels) / V).backward()
 
     for step in range(first, first + steps):
-        if config.scope == "global" and optimizer.wants_probe:
+        if not config.is_local and optimizer.wants_probe:
             with optimizer.probing(model=probe_model):
                 for k in workers:
                     with _synchronizing(model, last=k == workers[-1]):
@@ -180,7 +180,7 @@ def run_plain_loop(
         ys = []
         for v, k in enumerate(workers):
             with _synchronizing(model, last=k == workers[-1]):
-                if config.scope == "local" and optimizer.wants_probe:
+                if config.is_local and optimizer.wants_probe:
                     with optimizer.probing(worker=v, model=probe_model):
                         backward(step, k, probe=True)
                 optimizer.train(worker=v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,9 +123,9 @@ class Direction:
     def keep_update(self, difference: dict[int, Tensor], stepped: Sequence[bool]) -> None:
         """See x before the step minus x after it, where `keeps_update` asks for it; the tensors are handed over."""
 
-    def compared(self, gradients: LocalGradients) -> list[Buffers]:
-        """The directions that statistics compare with the averaged gradient, where they are still at hand."""
-        return list(self.store.values())
+    def compared(self, gradients: LocalGradients) -> Iterator[Buffers]:
+        """The directions that statistics compare with the averaged gradient, each valid until the next one."""
+        return iter(self.store.values())
 
     def end_step(self, step: int) -> None:
         """Forget directions that the next step does not use."""

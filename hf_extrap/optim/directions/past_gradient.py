@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..buffers import Buffers
 from ..local_gradients import LocalGradients
 from .base import Direction
@@ -27,6 +29,6 @@ class PastGradient(Direction):
         """See `Direction.keeps_averaged_gradient`."""
         return not self.local and self._config.is_active(step + 1)
 
-    def compared(self, gradients: LocalGradients) -> list[Buffers]:
-        """See `Direction.compared`."""
-        return [gradients.of(worker) for worker in gradients.workers()] if self.local else super().compared(gradients)
+    def compared(self, gradients: LocalGradients) -> Iterator[Buffers]:
+        """See `Direction.compared`; in local scope the next directions, since these are spent."""
+        return (gradients.of(worker) for worker in gradients.workers()) if self.local else super().compared(gradients)

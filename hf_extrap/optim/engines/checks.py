@@ -48,7 +48,7 @@ def check_params(params: Iterable[Tensor], config: ExtrapConfig, first: int = 0)
             raise ValueError(f"parameter {place} is {p.dtype}; allowed: real parameters, or direction 'none'.")
         if not isinstance(p, DTensor) and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
-                f"parameter {place}, of shape {tuple(p.shape)}, is expanded: several of its elements share memory; "
+                f"parameter {place} of shape {tuple(p.shape)} is expanded: several of its elements share memory; "
                 "allowed: parameters with one address per element, or direction 'none'."
             )
 
