@@ -309,9 +309,9 @@ def test_keeping_ready_batches_changes_no_bit_of_a_training(prepare, tmp_path):
     ("fields", "message"),
     [
         ({"source_lang": "de"}, "`source_lang` and `target_lang` are both 'de'"),
-        ({"batch_tokens": 100}, "`batch_tokens` is 100: it must be at least `max_length`, 128"),
-        ({"d_model": 100}, "must be a multiple of `attention_heads`, 8"),
-        ({"dropout": 1.0}, r"`dropout` is 1.0: it must be in \[0, 1\)"),
+        ({"batch_tokens": 100}, "`batch_tokens` is 100; allowed: at least 128"),
+        ({"d_model": 100}, "allowed: multiples of `attention_heads`, 8"),
+        ({"dropout": 1.0}, r"`dropout` is 1.0; allowed: \[0, 1\)"),
         ({"num_beams": 0}, "`num_beams` is 0"),
         ({"max_length": 1}, "`max_length` is 1"),
     ],
@@ -353,7 +353,7 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path):
 
 
 def test_unusable_settings_and_models_are_refused(prepare, tmp_path):
-    with pytest.raises(ValueError, match="must be 1, as one item is a whole batch"):
+    with pytest.raises(ValueError, match="allowed: 1, as one item is a whole batch"):
         prepare({"per_device_train_batch_size": 8})
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         prepare(model=str(tmp_path / "no-such-model"))
@@ -365,7 +365,7 @@ def test_unusable_settings_and_models_are_refused(prepare, tmp_path):
                                        forced_eos_token_id=1, decoder_start_token_id=2))  # fmt: skip
     short.save_pretrained(tmp_path / "short")
     prepare().processing_class.save_pretrained(tmp_path / "short")
-    with pytest.raises(ValueError, match="the model takes at most 4"):
+    with pytest.raises(ValueError, match="at most 4, the positions of the model"):
         prepare(model=str(tmp_path / "short"))
 
 

@@ -1,0 +1,20 @@
+"""Optional dependencies: an import that fails names the extra to install."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Context of imports that the extra `name` of this package installs.
+
+    Raises:
+        ModuleNotFoundError: in one sentence, if a module is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed; it is part of an extra: pip install 'hf_extrap[{name}]'."
+        raise ModuleNotFoundError(message, name=error.name) from error
