@@ -112,22 +112,21 @@ def distributions(requirements: Iterable[str]) -> set[str]:
 
 
 def run_with_only(requirements: Iterable[str], code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process that can import this package, the standard library and the requirements alone."""
-    kept = distributions(requirements)
-    allowed = {
+    """Run code in a new process that cannot import any installed distribution beyond the requirements."""
+    kept = distributions(requirements) | {"hf-extrap"}
+    hidden = {
         module
         for module, owners in metadata.packages_distributions().items()
-        if any(canonicalize_name(owner) in kept for owner in owners)
+        if not any(canonicalize_name(owner) in kept for owner in owners)
     }
     restriction = f"""
 import sys
 from importlib.machinery import PathFinder
-class Only(PathFinder):
-    allowed = {allowed!r} | sys.stdlib_module_names | {{"hf_extrap"}}
+class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return super().find_spec(name, path, target) if name.partition(".")[0] in cls.allowed else None
-sys.meta_path[sys.meta_path.index(PathFinder)] = Only
+        return None if name.partition(".")[0] in {hidden!r} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
     return subprocess.run([sys.executable, "-c", restriction + code], capture_output=True, text=True, timeout=300)
 
