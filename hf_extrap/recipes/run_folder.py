@@ -21,16 +21,10 @@ CARD_FILE = "README.md"
 
 #: Fields of places and of progress: runs that differ only in them are the same run.
 UNCOMPARED = frozenset(
-    {
-        "output_dir",
-        "resume_from_checkpoint",
-        "save_model",
-        "disable_tqdm",
-        "use_cpu",
-        "data_cache_dir",
-        "dataloader_num_workers",
-        "save_total_limit",
-    }
+    (
+        "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir dataloader_num_workers "
+        "save_total_limit"
+    ).split()
 )
 
 

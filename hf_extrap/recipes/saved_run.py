@@ -20,19 +20,10 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 #: Fields of places, devices and speed, which do not change what was trained.
 UNUSED = frozenset(
-    {
-        "output_dir",
-        "resume_from_checkpoint",
-        "use_cpu",
-        "bf16",
-        "fp16",
-        "torch_compile",
-        "deepspeed",
-        "fsdp",
-        "report_to",
-        "push_to_hub",
-        "sharpness_batches",
-    }
+    (
+        "output_dir resume_from_checkpoint use_cpu bf16 fp16 torch_compile deepspeed fsdp report_to push_to_hub "
+        "sharpness_batches"
+    ).split()
 )
 
 
