@@ -1,4 +1,4 @@
-"""Every recipe that is shipped resolves: its fields are known, and they go together."""
+"""Every shipped recipe and study resolves."""
 
 from __future__ import annotations
 

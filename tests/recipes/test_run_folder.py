@@ -1,4 +1,4 @@
-"""What a run leaves: atomic files, numbers that JSON can hold, and folders that refuse another run."""
+"""The folder of a run: atomic files, JSON values, and refusal of other runs."""
 
 from __future__ import annotations
 

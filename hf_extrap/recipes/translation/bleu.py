@@ -67,7 +67,7 @@ class TranslationMetrics:
 
     Args:
         tokenizer: decodes predictions and labels.
-        references: reference texts by their label ids, for labels that do not decode to exactly that text.
+        references: reference texts by their label ids; other labels are decoded.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -140,10 +139,11 @@ class TranslationTask:
             FullBatches(examples[name], training_arguments.eval_batch_size, training_arguments.world_size)
             for name in ("validation", "test")
         )
-        references = {}
-        for name in ("validation", "test"):
-            labels = [row["labels"] for row in examples[name]]
-            references.update(inexact_references(splits[name]["target"][:], labels, tokenizer))
+        references = {
+            tuple(row["labels"]): text
+            for name in ("validation", "test")
+            for row, text in zip(examples[name], splits[name]["target"][:], strict=True)
+        }
         if not generates and training_arguments.metric_for_best_model == "bleu":
             training_arguments.metric_for_best_model, training_arguments.greater_is_better = "loss", False
         return PreparedTask(
@@ -194,23 +194,14 @@ def encode(
     )
 
     def build(folder: Path) -> None:
-        tokenizer = given
+        tokenizer, rows = given, datasets.DatasetDict()
         if tokenizer is None:
             texts = (text for column in ("source", "target") for text in splits["train"][column])
             tokenizer = train_bpe(texts, arguments.vocab_size, model_max_length=arguments.max_length)
             tokenizer.save_pretrained(folder / "tokenizer")
-        rows = datasets.DatasetDict(
-            {
-                name: split.map(
-                    _encoder(tokenizer, arguments.max_length, cut_targets=name == "train"),
-                    batched=True,
-                    remove_columns=split.column_names,
-                    keep_in_memory=True,
-                    desc=f"Encoding {name}",
-                )
-                for name, split in splits.items()
-            }
-        )
+        for name, split in splits.items():
+            limits = (arguments.max_length, arguments.max_length if name == "train" else None)
+            rows[name] = datasets.Dataset.from_dict(_encode(tokenizer, split, *limits))
         rows.save_to_disk(folder / "splits")
 
     folder = cached_folder(arguments.cache_root / "translation", key, build)
@@ -220,34 +211,22 @@ def encode(
     return tokenizer, encoded.remove_columns("cut"), counts
 
 
-def _encoder(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, *, cut_targets: bool
-) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:
-    def cut(ids: list[int]) -> list[int]:
-        return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset, longest_source: int, longest_target: int | None
+) -> dict[str, list[Any]]:
+    def truncated(rows: list[list[int]], limit: int | None) -> list[list[int]]:
+        return [ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
 
-    def encode_batch(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        sources = tokenizer(batch["source"], verbose=False)["input_ids"]
-        targets = tokenizer(text_target=batch["target"], verbose=False)["input_ids"]
-        return {
-            "input_ids": [cut(ids) for ids in sources],
-            "attention_mask": [[1] * min(len(ids), max_length) for ids in sources],
-            "labels": [cut(ids) if cut_targets else ids for ids in targets],
-            "cut": [
-                int(len(source) > max_length) + int(cut_targets and len(target) > max_length)
-                for source, target in zip(sources, targets, strict=True)
-            ],
-        }
-
-    return encode_batch
-
-
-def inexact_references(
-    texts: list[str], labels: list[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> dict[tuple[int, ...], str]:
-    """Return, by their labels, the references that differ from their decoded labels."""
-    decoded = tokenizer.batch_decode(list(labels), skip_special_tokens=True)
-    return {tuple(ids): text for text, ids, again in zip(texts, labels, decoded, strict=True) if text != again.strip()}
+    sources = tokenizer(split["source"][:], verbose=False)["input_ids"]
+    targets = tokenizer(text_target=split["target"][:], verbose=False)["input_ids"]
+    input_ids, labels = truncated(sources, longest_source), truncated(targets, longest_target)
+    pairs = zip(zip(sources, input_ids, strict=True), zip(targets, labels, strict=True), strict=True)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": [[1] * len(ids) for ids in input_ids],
+        "labels": labels,
+        "cut": [sum(len(whole) > len(kept) for whole, kept in pair) for pair in pairs],
+    }
 
 
 def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The ResNet for small images: its size, its images, saving, and the pipeline."""
+"""The ResNet for small images: size, normalization, saving, pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image classification task as a whole, and its parts: splits, decoding, augmentation, accuracy."""
+"""The image classification task: splits, decoding, augmentation, accuracy, errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_images_are_those_of_the_files_and_are_decoded_once(tmp_path: Path, monk
         prepare(tmp_path, data_dir=str(folder), validation_samples=12)
 
 
-def test_the_model_normalises_the_training_images(cache: Path) -> None:
+def test_the_model_normalizes_the_training_images(cache: Path) -> None:
     prepared = prepare(cache)
     images = torch.from_numpy(np.array(prepared.train_dataset.images))
     seen = prepared.model.normalization(images)

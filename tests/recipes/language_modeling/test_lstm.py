@@ -1,4 +1,4 @@
-"""The LSTM as a model of the library: state, labels, generation, saving, Auto classes, pipeline."""
+"""The LSTM as a Transformers model: state, labels, generation, saving, Auto classes, pipeline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARY = 30
 def make_model(**overrides: object) -> ExtrapLstmForCausalLM:
     torch.manual_seed(0)
     shape = {"vocab_size": VOCABULARY, "embedding_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "dropout": 0.0}
-    # A wide range makes predictions differ enough that a wrong state shows in the tokens.
+    # A wide range, so that a wrong state changes the generated tokens.
     config = ExtrapLstmConfig(**{**shape, "initializer_range": 2.0, "eos_token_id": 1, "pad_token_id": 1, **overrides})
     return ExtrapLstmForCausalLM(config).eval()
 

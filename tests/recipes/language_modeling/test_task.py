@@ -1,4 +1,4 @@
-"""The language-modelling task: data in, vocabulary, models, perplexity, refusals."""
+"""The language modeling task: data, vocabulary, models, perplexity, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINES = ["the cat sat on the mat", "", "the dog sat", "a <unk> cat ran"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A corpus of 85 lines in three kinds of file."""
+    """A corpus of 85 lines in three file formats."""
     path = tmp_path / "corpus"
     path.mkdir()
     (path / "train.txt").write_text("\n".join(LINES * 20) + "\n", encoding="utf-8")
@@ -82,7 +82,7 @@ def test_wikitext2_has_its_published_vocabulary(shared_data: Path, tmp_path: Pat
     assert len(tokenizer) == 33278
     assert tokenizer.convert_ids_to_tokens([0, 1]) == ["<unk>", "<eos>"]
     _, ids = token_streams(splits.filter(lambda row, i: i < 100, with_indices=True), tmp_path, tokenizer)
-    # One <eos> a row, and one before the first.
+    # One <eos> per row, and one before the first.
     assert (ids["validation"] == 1).sum() == 101
 
 
@@ -175,7 +175,7 @@ def test_unigram_bias_starts_at_the_unigram_model(folder: Path, tmp_path: Path) 
     prepared = prepare(tmp_path, data_dir=str(folder), unigram_bias=True, **TINY_LSTM)
     torch.nn.init.zeros_(prepared.model.lm_head.weight)
     share = prepared.model.lm_head.bias.softmax(0)[prepared.processing_class.convert_tokens_to_ids("the")]
-    # "the" stands 60 times among 340 tokens of train; 11 types get half a count each.
+    # "the" occurs 60 times among 340 tokens of train; 11 types get half a count each.
     assert share.item() == pytest.approx(60.5 / (340 + 5.5), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Pairs, subwords, batches and BLEU, each alone."""
+"""The parts of the translation task: pairs, subwords, batches and BLEU."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_ready_batch_is_collated_once():
     epochs = [[batch.pop("labels") for batch in loader] for _ in range(3)]
     assert made == [len(dataset[i]) for i in range(len(dataset))]
     assert all(map(torch.equal, epochs[0], epochs[2]))
-    # Another collator makes its own.
+    # Another collator has its own cache.
     other = UnwrappingCollator(lambda rows: {"rows": len(rows)})
     assert [other([dataset[i]]) for i in range(len(dataset))] == [{"rows": n} for n in made]
 
