@@ -160,6 +160,7 @@ print(optimizer.step_count, {{"transformers", "accelerate", "deepspeed"}} & sys.
 
 @pytest.mark.slow
 def test_the_library_needs_only_its_requirements(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path / "run")]
     code = f"""
 import importlib.util
 for name in "babel datasets deepspeed evaluate matplotlib optuna pandas PIL sacrebleu scipy sklearn".split():
@@ -175,14 +176,18 @@ assert trainer.state.global_step == 2
 trainer.create_model_card()
 from hf_extrap.recipes import get_task
 task = get_task("language_modeling")
-try:
-    task.prepare(task.arguments_class(), arguments)
-except ModuleNotFoundError as error:
-    print(error)
+from hf_extrap.recipes.configuration import resolve
+from hf_extrap.recipes.run import run
+for start in (lambda: task.prepare(task.arguments_class(), arguments), lambda: run(resolve(None, {words!r}))):
+    try:
+        start()
+    except ModuleNotFoundError as error:
+        print(error)
 """
     done = run_with_only(install_requires(), code)
-    sentence = "datasets is not installed; it is part of an extra: pip install 'hf_extrap[recipes]'."
-    assert done.returncode == 0 and done.stdout.endswith(sentence + "\n"), done.stdout + done.stderr
+    sentence = "{} is not installed; it is part of an extra: pip install 'hf_extrap[recipes]'."
+    found = done.stdout.splitlines()[-2:]
+    assert found == [sentence.format(name) for name in ("datasets", "matplotlib")], done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, vers
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.checkpoints import check_checkpoint_matches
 from hf_extrap.training.divergence import DivergenceStopper
+from hf_extrap.training.extras import require
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
 
@@ -65,6 +66,8 @@ def run(
         RuntimeError: if the replicas differ at the end.
     """
     arguments = configuration.training_arguments
+    if configuration.run.save_model:
+        require("recipes", "matplotlib")  # for the curves, at the end
     folder = RunFolder(Path(str(arguments.output_dir)))
     checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=checkpoint is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 @contextmanager
@@ -18,3 +19,14 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed; it is part of an extra: pip install 'hf_extrap[{name}]'."
         raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def require(name: str, module: str) -> None:
+    """Check, without importing it, that a module of the extra `name` is installed.
+
+    Raises:
+        ModuleNotFoundError: in one sentence, if it is not.
+    """
+    with extra(name):
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(name=module)
