@@ -69,7 +69,7 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
         result_rows=result_rows(metrics),
         diverged=metrics["status"] == "diverged",
         figure=figure,
-        training_rows=_training_rows(metrics),
+        training_rows=training_rows(metrics),
         extrap_fields=yaml.safe_dump(metrics["extrap"], sort_keys=False).strip(),
         command=metrics["command"],
         versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
@@ -94,28 +94,25 @@ def result_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def worker_words(metrics: Mapping[str, Any]) -> str:
-    """Number of workers, as processes × virtual workers."""
+def training_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows (name, value) of optimizer, steps, workers, batch, speed and seed, without missing values."""
     processes, virtual = metrics["world_size"], metrics["virtual_workers"]
-    return f"{processes * virtual} ({processes} process{'es' * (processes > 1)} × {virtual} virtual)"
-
-
-def _training_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     items, units = metrics["global_batch"], metrics["global_batch_units"]
     rows = {
         "base optimizer": metrics["optimizer"],
         "peak learning rate": metrics["peak_learning_rate"],
         "steps": metrics["steps"],
         "epochs": metrics["epochs"],
-        "workers": worker_words(metrics),
+        "workers": f"{processes * virtual} ({processes} process{'es' * (processes > 1)} × {virtual} virtual)",
         "global batch": f"{items:,}" if units == items else f"{items:,} batches, about {units:,.0f} tokens",
         "seconds a step": metrics["seconds_per_step"],
+        "of which waiting for data": metrics["data_seconds_per_step"],
         "tokens a second": metrics["tokens_per_second"],
         "samples a second": None if metrics["tokens_per_second"] else metrics["samples_per_second"],
         "seconds of training": metrics["train_seconds"],
         "seed": metrics["seed"],
     }
-    return [(name, _number(value)) for name, value in rows.items() if value is not None]
+    return [[name, _number(value)] for name, value in rows.items() if value is not None]
 
 
 def _dataset_name(facts: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_extrap.recipes.model_card import result_rows, worker_words
+from hf_extrap.recipes.model_card import result_rows, training_rows
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, METRICS_FILE
 from hf_extrap.recipes.task import spoken
 
@@ -29,16 +29,7 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
             result_rows(metrics),
         )
     )
-    rows = [
-        ["steps", f"{metrics['steps']:,}"],
-        ["workers", worker_words(metrics)],
-        ["training time", _seconds(metrics["train_seconds"])],
-        ["seconds a step", _optional(metrics["seconds_per_step"], ".3f")],
-        ["of which waiting for data", _optional(metrics["data_seconds_per_step"], ".5f")],
-        ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")]
-        if metrics["tokens_per_second"]
-        else ["samples a second", _optional(metrics["samples_per_second"], ",.0f")],
-    ]
+    rows = training_rows(metrics)
     if metrics["world_size"] > 1 and metrics["ranks_identical"] is not None:
         rows.append(["replicas identical", "yes" if metrics["ranks_identical"] else "NO"])
     folder = Path(output_dir)
@@ -62,11 +53,3 @@ def make_table(
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
