@@ -12,7 +12,7 @@ export DS_BUILD_OPS := 0
 .PHONY: run test test-all study bench gpu lint clean
 
 # Trains the built-in language model with extrapolation in two processes.
-run: .venv/installed
+run: .venv/installed-recipes
 	rm -rf runs/builtin
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m hf_extrap train \
 	    configs/language_modeling/builtin_lstm.yaml --output_dir runs/builtin
@@ -25,7 +25,7 @@ test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
 
 # The studies for two cores, each about an hour or less, and their reports.
-study: .venv/installed-study
+study: .venv/installed-lab
 	for study in configs/studies/cpu_*.yaml; do \
 	    $(BIN)/hf-extrap study run $$study --jobs 2 && $(BIN)/hf-extrap study report $$study || exit $$?; done
 
@@ -35,7 +35,7 @@ bench: .venv/installed-bench
 
 # The benchmark for a GPU, then the next pieces of the studies, as many as end within $(MINUTES): call it until it says that nothing is left.
 MINUTES ?= 9
-gpu: .venv/installed-study .venv/installed-bench
+gpu: .venv/installed-bench
 	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
 	$(BIN)/hf-extrap bench --part gpu --minutes $(MINUTES) --output_dir runs/bench-gpu || exit $$?; \
 	for study in configs/studies/gpu_*.yaml; do \
@@ -47,13 +47,12 @@ lint: .venv/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/installed: $(SOURCES)
+.venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_extrap needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
-	touch $@
 
-.venv/installed-%: .venv/installed
+# The package with one of its extras, which setup.cfg lists.
+.venv/installed-%: .venv/bin/python $(SOURCES)
 	$(PIP) --editable '.[$*]'
 	touch $@
 

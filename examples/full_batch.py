@@ -1,6 +1,6 @@
-"""Steps to a training loss of 0.05 where stability sets the pace: digits, full batches, momentum, seven workers.
+"""Steps to a training loss of 0.05 if stability limits the speed: digits, full batches, momentum, seven workers.
 
-Every method gets the same learning rates and seeds and is judged at its best rate. Run: python examples/full_batch.py
+Every method has the same learning rates and seeds; its best rate counts. Run: python examples/full_batch.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ METHODS = {
 
 
 def steps_to_target(method: str, rate: float, seed: int, nesterov: bool) -> tuple[int, float]:
-    """Steps until the loss of all samples is at the target, STEPS + 1 if never, and the gradients a worker took."""
+    """Steps until the loss of all samples reaches the target, STEPS + 1 if never, and gradients per worker."""
     images, labels = (torch.tensor(array)[:1400] for array in load_digits(return_X_y=True))
     images = images.float() / 16
     torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def steps_to_target(method: str, rate: float, seed: int, nesterov: bool) -> tupl
 
 
 def main() -> None:
-    """Print one line a method."""
+    """Print one line per method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.15, 0.23, 0.34, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

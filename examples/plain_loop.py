@@ -1,4 +1,4 @@
-"""Extrapolation in a plain Accelerate loop: the only new lines are those with `optimizer.` before the forward pass.
+"""Extrapolation in a plain Accelerate loop; the new lines are those with `extrapolated`.
 
 python examples/plain_loop.py
 torchrun --nproc_per_node 2 examples/plain_loop.py
@@ -22,7 +22,7 @@ CONTEXT = 16
 
 
 def make_data() -> tuple[TensorDataset, int]:
-    """Sixteen bytes of Python's own documentation, and the byte that follows."""
+    """Sixteen bytes of Python's documentation, and the next byte."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode()[:200_000]
     values = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     windows = values.unfold(0, CONTEXT + 1, 3)
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=512, help="of one process")
     arguments = parser.parse_args()
 
-    # Without an accelerator, two processes would otherwise train two models that know nothing of each other.
+    # Without `cpu=True`, processes without an accelerator would not form a process group.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(0)
     dataset, vocabulary = make_data()
@@ -48,7 +48,7 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(
         model, Extrapolated(base, ExtrapConfig.preset(arguments.preset)), loader
     )
-    extrapolated = optimizer.optimizer  # beneath Accelerate's own wrapper
+    extrapolated = optimizer.optimizer  # below Accelerate's wrapper
 
     first = last = float("nan")
     for step, (inputs, targets) in enumerate(repeat(loader, arguments.steps)):
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def repeat(loader: DataLoader, steps: int):
-    """Batches for so many steps, epoch after epoch."""
+    """Yield `steps` batches, epoch after epoch."""
     done = 0
     while done < steps:
         for batch in loader:

@@ -1,8 +1,8 @@
-"""The largest stable learning rate on quadratics, with and without a look ahead. Run: python examples/stability.py
+"""The largest stable learning rate on quadratics, with and without extrapolation. Run: python examples/stability.py
 
-A mode of curvature λ, scaled so that λ is at most 1, follows the linear recurrence (x, v, g, x_before) → the same one
-step later, with momentum v, gradient g = λ y, and y as the scheme has it; it is stable while no eigenvalue exceeds 1.
-Full batch, so that local and global directions are the same. The rates of Adam are those of the heavy ball over 1 − β₁.
+A mode of curvature λ ≤ 1 follows a linear recurrence of (x, v, g, previous x), with momentum v, gradient g = λ y at the
+extrapolated point y; it is stable while no eigenvalue exceeds 1 in absolute value. Full batches, so local and global
+directions are equal. The rates of Adam are those of the heavy ball divided by 1 − β₁.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def recurrence(rate: float, curvature: float, momentum: float, nesterov: bool, l
 
 
 def largest_stable_rate(momentum: float, nesterov: bool, look: str, c: float) -> float:
-    """The last of the growing rates before the first at which some mode grows."""
+    """The largest of the increasing rates below the first at which some mode is unstable."""
     largest = 0.0
     for rate in RATES:
         modes = [recurrence(rate, curvature, momentum, nesterov, look, c) for curvature in CURVATURES]
@@ -41,10 +41,10 @@ def largest_stable_rate(momentum: float, nesterov: bool, look: str, c: float) ->
 
 
 def main() -> None:
-    """Print the limit of each base, and by what each look ahead multiplies it."""
+    """Print the limit of each base optimizer, and the factor of each extrapolation."""
     for base, (momentum, nesterov) in BASES.items():
         alone = largest_stable_rate(momentum, nesterov, "fresh", 0.0)
-        print(f"{base}: stable up to a rate of {alone:.2f} / λ_max; times")
+        print(f"{base}: stable up to a rate of {alone:.2f} / λ_max; factors:")
         for name, (look, shares) in LOOKS.items():
             factors = [largest_stable_rate(momentum, nesterov, look, c) / alone for c in shares]
             print(f"    {name:<30}" + "".join(f"  c {c:g}: {f:.2f}" for c, f in zip(shares, factors, strict=True)))

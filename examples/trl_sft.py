@@ -1,4 +1,4 @@
-"""Any Trainer can extrapolate: TRL's SFTTrainer, in two class definitions. Needs `pip install trl`.
+"""Extrapolation in any Trainer: TRL's SFTTrainer, by two class definitions. Needs `pip install trl`.
 
 python examples/trl_sft.py --extrap extrap-past
 """
@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 import torch
 from datasets import Dataset
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -26,14 +26,15 @@ class ExtrapSFTConfig(ExtrapArguments, SFTConfig):
 
 
 class ExtrapSFTTrainer(ExtrapTrainerMixin, SFTTrainer):
-    """SFTTrainer that takes its gradients at the extrapolated point."""
+    """SFTTrainer with gradients at the extrapolated point."""
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE, trained here so that nothing is downloaded."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=1000, special_tokens=["<eos>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    """Train a small byte-level BPE, so that nothing is downloaded."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=["<eos>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
         trainer = ExtrapSFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    print(f"loss at y: {losses[0]:.2f} at first, {losses[-1]:.2f} at last")
+    print(f"loss at y: {losses[0]:.2f} in the first steps, {losses[-1]:.2f} in the last")
 
 
 if __name__ == "__main__":

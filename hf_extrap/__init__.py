@@ -34,7 +34,7 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that `import hf_extrap` stays light."""
+    """Import a public name on first access, so that `import hf_extrap` does not import torch."""
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

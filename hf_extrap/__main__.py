@@ -1,4 +1,4 @@
-"""`python -m hf_extrap`, the same as `hf-extrap`: what torchrun and accelerate launch start."""
+"""`python -m hf_extrap`, the same program as `hf-extrap`, for torchrun and accelerate launch."""
 
 from hf_extrap.cli import main
 

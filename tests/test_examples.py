@@ -1,4 +1,4 @@
-"""Every example runs, teaches its model something, and stays short."""
+"""Every example runs, reduces its loss, and is short."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_here(
 
 def test_the_plain_loop(run_here: Callable[..., list[float]]) -> None:
     first, last = run_here("plain_loop.py", "--steps", "30")
-    # The first loss is that of guessing among 256 bytes.
+    # A uniform guess among 256 bytes has a loss of 5.5.
     assert 5 < first < 6 and last < first - 1
 
 
@@ -65,13 +65,13 @@ def test_the_full_batch(run_here: Callable[..., list[float]]) -> None:
     words = ("--rates", "0.23", "--seeds", "1", "--methods")
     plain = run_here("full_batch.py", *words, "none")
     past = run_here("full_batch.py", *words, "extrap-past, a fifth of the step")
-    # Steps, gradients, the rate: at a rate that is too large for the plain optimizer, the look-ahead trains.
+    # Steps, gradients, rate: at a rate too large for the base optimizer, extrapolation trains.
     assert past[0] == past[1] < 70 and past[0] < 0.8 * plain[0]
 
 
 def test_the_stability_limits(run_here: Callable[..., list[float]]) -> None:
     found = run_here("stability.py")
-    # A look along the last step, c times, divides the heavy ball's largest rate by 1 + 2c.
+    # Extrapolation by c times the last step divides the heavy ball's largest rate by 1 + 2c.
     for c, factor in zip(found[::2], found[1::2], strict=True):
         assert factor == pytest.approx(1 / (1 + 2 * c), abs=0.03)
 
@@ -83,7 +83,7 @@ def test_trl(run_here: Callable[..., list[float]]) -> None:
     assert last < first - 0.2
 
 
-def test_they_are_under_a_hundred_lines(repository: Path) -> None:
+def test_they_have_under_a_hundred_lines(repository: Path) -> None:
     for path in (repository / "examples").glob("*.py"):
         assert len(path.read_text().splitlines()) < 100, path.name
 

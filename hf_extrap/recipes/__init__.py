@@ -1,4 +1,4 @@
-"""Tasks: data in; features, collator, metrics and model out. They know nothing of training."""
+"""Recipes: one folder per task, with its model, data, tokenization and metric; and a run from a YAML file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_extrap.recipes.task import Task
 
-#: Task name -> "module:class"; a task is imported when it is first asked for.
+#: Task name -> "module:class", imported on first use.
 TASKS: dict[str, str] = {
     "image_classification": "hf_extrap.recipes.image_classification.task:ImageClassificationTask",
     "language_modeling": "hf_extrap.recipes.language_modeling.task:LanguageModelingTask",
@@ -20,7 +20,7 @@ def get_task(name: str) -> Task:
     """Return a task by its name.
 
     Raises:
-        ValueError: If no task of this name is registered.
+        ValueError: if there is no such task.
     """
     if name not in TASKS:
         raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(sorted(TASKS))}.")

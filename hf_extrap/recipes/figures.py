@@ -1,7 +1,4 @@
-"""Figures of one run and of a comparison, drawn without a display.
-
-Matplotlib is imported when the first figure is drawn, which a training does at its end.
-"""
+"""Figures of one run and of a comparison; Matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -9,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_extrap.recipes.task import spoken
+from hf_extrap.training.extras import extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -28,37 +28,32 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
 )
 
 
-def spoken(metric: str) -> str:
-    """A metric as people write it."""
-    return {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}.get(metric, metric)
-
-
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one key of a run's history, where it has a number."""
+    """Steps and values of the rows of a history with a number under `key`."""
     found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float) and "step" in row]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str = "") -> list[str]:
-    """Draw a run's history, one panel for each quantity that has data.
+    """Draw a run's history, one panel for each quantity with at least two values that are not all zero.
 
     Args:
         rows: the history: training rows with `loss`, evaluation rows with `eval_<metric>`.
         metric: key of the leading metric, without `eval_`.
         path: PNG file to write.
-        title: heading of the figure.
+        title: title of the figure.
 
     Returns:
-        Titles of the panels drawn.
+        Titles of the panels.
     """
-    from matplotlib.figure import Figure
+    with extra("recipes"):
+        from matplotlib.figure import Figure
 
     panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
     losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
     panels.append(("Loss", losses, False))
     panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
-    # One point is a number, not a curve, and so is what stays at zero.
     panels = [(name, lines, log) for name, lines, log in panels if any(map(_is_curve, lines.values()))]
     columns = min(2, max(1, len(panels)))
     count = -(-len(panels) // columns) if panels else 1
@@ -156,7 +151,7 @@ def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]]
 
 
 def finish(axes: Axes, logarithmic: bool) -> None:
-    """The frame, grid and ticks of every panel over steps."""
+    """Set frame, grid and ticks of a panel over steps."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes.spines[["top", "right"]].set_visible(False)

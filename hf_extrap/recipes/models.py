@@ -1,4 +1,4 @@
-"""Models of this package, made known to the Auto classes by importing it."""
+"""The models of this package; importing this module registers them with the Auto classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def register() -> None:
-    """Make the Auto classes and pipelines know the models; may be called again."""
+    """Register the models with the Auto classes and pipelines."""
     AutoConfig.register(ExtrapLstmConfig.model_type, ExtrapLstmConfig, exist_ok=True)
     AutoModel.register(ExtrapLstmConfig, ExtrapLstmModel, exist_ok=True)
     AutoModelForCausalLM.register(ExtrapLstmConfig, ExtrapLstmForCausalLM, exist_ok=True)

@@ -1,13 +1,13 @@
-"""bfloat16 on a CPU: some have instructions for it, as with AVX-512 or AMX, and others emulate it."""
+"""bfloat16 on a CPU: native with AVX-512 or AMX instructions, otherwise emulated."""
 
 from __future__ import annotations
 
 import torch
 
+#: Message for a CPU without the instructions.
 NO_BF16 = "has no instructions for bf16, which is then several times slower than float32"
-"""What is said of a CPU without."""
 
 
 def cpu_has_bf16() -> bool:
-    """Whether PyTorch computes in bfloat16 on this CPU with its oneDNN, and instructions that the CPU has for it."""
+    """Whether PyTorch has native bfloat16 on this CPU, by oneDNN and the CPU's instructions."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""What is written down while a run goes on: history, time of each step, and whether the replicas agree."""
+"""Callbacks of a run: its history, step times, identical replicas, and progress."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_extrap.optim.sharding import is_sharded
-from hf_extrap.recipes.figures import spoken
 from hf_extrap.recipes.run_folder import RunFolder
+from hf_extrap.recipes.task import spoken
 
 
 def parameter_checksum(model: nn.Module) -> str:
-    """SHA-256 of the bytes of all parameters, in the order of their names."""
+    """SHA-256 of all parameters, in the order of their names."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -27,20 +27,19 @@ def parameter_checksum(model: nn.Module) -> str:
 
 
 def replicas_agree(model: nn.Module) -> bool | None:
-    """Whether all processes hold bit-identical parameters, None where each holds a part of them; a collective call."""
+    """Whether the parameters of all processes are bit-identical; None if they are sharded. A collective call."""
     if any(map(is_sharded, model.parameters())):
         return None
     return len(set(gather_object([parameter_checksum(model)]))) == 1
 
 
 class RunRecorder(TrainerCallback):
-    """Keeps history.jsonl up to date, times the steps, and compares the replicas after every epoch.
+    """Writes history.jsonl, times the steps, and compares the replicas after every epoch.
 
     Attributes:
         replicas_identical: whether the replicas were bit-identical at the end of every epoch so far.
-        intervals: seconds from the beginning of one step to that of the next, where no evaluation or save lies between.
-        waits: seconds from the end of one step to the beginning of the next, in which the loader makes its batches,
-            where nothing else lies between.
+        intervals: seconds from the start of a step to the start of the next, without evaluation or saving in between.
+        waits: seconds from the end of a step to the start of the next, spent on loading data and nothing else.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -53,13 +52,12 @@ class RunRecorder(TrainerCallback):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean seconds a step, data loading included; None before the second step."""
-        # The first step allocates and warms up.
+        """Mean seconds per step including data loading, without the first step; None before the second step."""
         return _mean(self.intervals[1:] if len(self.intervals) > 2 else self.intervals)
 
     @property
     def data_seconds_per_step(self) -> float | None:
-        """Mean seconds a step in which training waits for its batches; None where something is logged at every step."""
+        """Mean seconds per step of waiting for data; None if every step is logged."""
         return _mean(self.waits)
 
     def on_step_begin(
@@ -80,8 +78,7 @@ class RunRecorder(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._began = self._ended = None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._began = self._ended = None
+    on_save = on_evaluate
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = None
@@ -100,7 +97,7 @@ def _mean(seconds: Sequence[float]) -> float | None:
 
 
 class ConciseProgress(ProgressCallback):
-    """The stock progress bar, with the latest loss at its end and one short line for each evaluation."""
+    """The stock progress bar with the latest loss, and one line per evaluation."""
 
     def __init__(self, metric: str) -> None:
         super().__init__()

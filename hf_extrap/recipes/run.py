@@ -1,4 +1,4 @@
-"""One run from a resolved configuration: build, train, evaluate, write down."""
+"""One run from a resolved configuration: build, train, evaluate, write the results."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ from transformers import (
 from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.recipes.configuration import Configuration
 from hf_extrap.recipes.figures import draw_curves
+from hf_extrap.recipes.model_card import make_card
 from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, versions
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.checkpoints import check_checkpoint_matches
 from hf_extrap.training.divergence import DivergenceStopper
-from hf_extrap.training.model_card import make_card, optimizer_name
+from hf_extrap.training.extras import require
+from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
 
 logger = logging.getLogger(__name__)
@@ -44,31 +46,34 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     print_logs: bool = True,
 ) -> dict[str, Any]:
-    """Train one model and leave everything about it in `output_dir`.
+    """Train one model and write its results to `output_dir`.
 
     Every process of a distributed launch calls this; the first one writes.
 
     Args:
         configuration: from `hf_extrap.recipes.configuration.resolve`.
-        command: what the user typed, for the record; default: this process's own words.
-        callbacks: more of them, for the Trainer.
-        print_logs: whether a run without a progress bar prints what it logs.
+        command: the command line to record; default: that of this process.
+        callbacks: additional callbacks of the Trainer.
+        print_logs: whether a run without a progress bar prints its logs.
 
     Returns:
-        The content of metrics.json. A run that `abort_factor` ended has no `eval` and no `test`.
+        The content of metrics.json. A run stopped by `abort_factor` has no `eval` and no `test`.
 
     Raises:
-        ValueError: the folder holds something else, the checkpoint belongs to another model, or this CPU has no LSTM
-            in bf16.
-        FileNotFoundError: data or a checkpoint is missing.
+        ValueError: if the folder holds other files, the checkpoint belongs to another model, or this CPU has no LSTM in
+            bf16.
+        FileNotFoundError: if data or a checkpoint is missing.
+        RuntimeError: if the replicas differ at the end.
     """
     arguments = configuration.training_arguments
+    if configuration.run.save_model:
+        require("recipes", "matplotlib")  # for the curves, at the end
     folder = RunFolder(Path(str(arguments.output_dir)))
     checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=checkpoint is not None)
     command = command or shlex.join(["hf-extrap", *sys.argv[1:]])
     first = arguments.process_index == 0
-    # The first process writes only when all have looked.
+    # The first process writes after all have checked the folder.
     wait_for_everyone()
     if first and not (folder.path / "run.json").exists():
         folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
@@ -139,17 +144,17 @@ def run(
         folder.write_history(trainer.state.log_history)
         if configuration.run.save_model:
             _write_card(folder, metrics, model)
-        # Last: its presence says that the run is finished.
+        # Last, since its presence marks a finished run.
         folder.write_metrics(metrics)
     wait_for_everyone()
     let_gloo_finish()
     if identical is False:
-        raise RuntimeError(f"the processes ended with different parameters; see ranks_identical in {folder.path}.")
+        raise RuntimeError(f"the replicas differ after training; see ranks_identical in {folder.path}.")
     return metrics
 
 
 def _join_deepspeed(arguments: TrainingArguments) -> None:
-    """Let DeepSpeed find the processes: stage 3 counts them where the model is made, before the Trainer is."""
+    """Initialize DeepSpeed's process group: stage 3 needs it to build the model, before the Trainer exists."""
     if arguments.deepspeed is not None and arguments.world_size > 1:
         import deepspeed
 
@@ -158,7 +163,7 @@ def _join_deepspeed(arguments: TrainingArguments) -> None:
 
 
 def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
-    """The Trainer of a configuration and its prepared task, with nothing trained yet."""
+    """Return the Trainer of a configuration and its prepared task."""
     trainer_class = ExtrapSeq2SeqTrainer if configuration.task.seq2seq else ExtrapTrainer
     trainer = trainer_class(
         model=prepared.model,
@@ -179,13 +184,13 @@ def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Traine
 
 
 def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
-    """Say that bf16 is slow on a CPU without instructions for it, and refuse what PyTorch cannot do there at all."""
+    """On a CPU without bf16 instructions, warn that bf16 is slow and refuse an LSTM, which PyTorch lacks there."""
     if trainer.accelerator.mixed_precision != "bf16" or trainer.args.device.type != "cpu" or cpu_has_bf16():
         return
     if any(isinstance(module, nn.LSTM) for module in model.modules()):
         raise ValueError("bf16 is true, and PyTorch has no LSTM in bf16 for this CPU; allowed: --bf16 false.")
     if trainer.is_world_process_zero():
-        logger.warning("bf16 is true, and this CPU %s; --bf16 false leaves it out", NO_BF16)
+        logger.warning("bf16 is true, and this CPU %s; --bf16 false disables it", NO_BF16)
 
 
 def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
@@ -211,10 +216,10 @@ def _evaluate_untrained(
     if not configuration.run.evaluate_untrained or getattr(arguments, "predict_with_generate", False):
         return None
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        # They hold the weights from the beginning of training on.
+        # The engine owns the weights from the start of training on.
         return None
     found = trainer.evaluate(metric_key_prefix="untrained")
-    # The evaluation drew random numbers: training starts from the seed whether or not there was one.
+    # Training starts from the same random state with and without this evaluation.
     set_seed(arguments.seed)
     if arguments.process_index == 0:
         folder.write_configuration({**folder.read_configuration(), "untrained": found})
@@ -222,7 +227,7 @@ def _evaluate_untrained(
 
 
 def _last_evaluation(trainer: Trainer) -> dict[str, Any] | None:
-    """The evaluation after the last step, if there was one and the model is still the same."""
+    """The evaluation after the last step, if there was one and no other weights were loaded since."""
     if trainer.args.load_best_model_at_end:
         return None
     rows = [row for row in _rows(trainer, "eval_loss") if row.get("step") == trainer.state.global_step]
@@ -234,7 +239,7 @@ def _evaluate_test(trainer: Trainer, prepared: PreparedTask) -> dict[str, Any] |
         return None
     options: dict[str, Any] = {}
     if getattr(trainer.args, "predict_with_generate", False):
-        # Evaluations during training may search less widely; the final one is that of the model's own settings.
+        # Evaluations during training may use fewer beams.
         options["num_beams"] = prepared.model.generation_config.num_beams
     return {**trainer.evaluate(prepared.test_dataset, metric_key_prefix="test", **options), **options}
 

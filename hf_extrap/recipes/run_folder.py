@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, written and read in one place."""
+"""The folder of a run: names, contents and atomic writing of its files."""
 
 from __future__ import annotations
 
@@ -19,23 +19,17 @@ HISTORY_FILE = "history.jsonl"
 CURVES_FILE = "curves.png"
 CARD_FILE = "README.md"
 
-# Fields that name a place or a way of watching: two runs that differ in them alone are one run.
+#: Fields of places and of progress: runs that differ only in them are the same run.
 UNCOMPARED = frozenset(
-    {
-        "output_dir",
-        "resume_from_checkpoint",
-        "save_model",
-        "disable_tqdm",
-        "use_cpu",
-        "data_cache_dir",
-        "dataloader_num_workers",
-        "save_total_limit",
-    }
+    (
+        "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir dataloader_num_workers "
+        "save_total_limit"
+    ).split()
 )
 
 
 def versions() -> dict[str, str]:
-    """The release of Python and of each library that decides a run's numbers."""
+    """Versions of Python and of the libraries that determine a run's numbers."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_extrap"):
         try:
@@ -47,37 +41,37 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run: its configuration, history, metrics, and the checkpoints beside them."""
+    """The folder of one run: its configuration, history, metrics and checkpoints."""
 
     path: Path
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end: metrics.json is the last file that a run writes."""
+        """Whether the run finished: metrics.json is the last file that a run writes."""
         return (self.path / METRICS_FILE).is_file()
 
     def last_checkpoint(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
-        # The Trainer writes the state last: a folder without it was cut off in the middle.
+        # The Trainer writes the state last: a checkpoint without it is incomplete.
         complete = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
         numbered = [p for p in complete if p.name.removeprefix("checkpoint-").isdigit()]
         return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
     def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
-        """Refuse a folder in which this run must not write.
+        """Check that this run may write to the folder.
 
         Args:
             arguments: the resolved fields of the run, JSON values.
-            resume: whether the run goes on from a checkpoint.
+            resume: whether the run resumes from a checkpoint.
 
         Raises:
-            ValueError: the folder holds something else, another run, a finished run, or checkpoints of this run that
+            ValueError: if the folder holds other files, another run, a finished run, or checkpoints of this run that
                 would be overwritten.
         """
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise ValueError(f"output_dir {self.path} is a file; give a folder.")
+            raise ValueError(f"output_dir {self.path} is a file; allowed: a folder.")
         if not any(self.path.iterdir()):
             return
         if not (self.path / CONFIGURATION_FILE).is_file():
@@ -98,12 +92,12 @@ class RunFolder:
             )
         if not resume and (checkpoint := self.last_checkpoint()):
             raise ValueError(
-                f"output_dir {self.path} holds this run up to {checkpoint.name}; go on with "
+                f"output_dir {self.path} holds this run up to {checkpoint.name}; resume with "
                 "--resume_from_checkpoint true, give another --output_dir, or delete the folder."
             )
 
     def write_configuration(self, configuration: Mapping[str, Any]) -> None:
-        """Write run.json: `arguments` (the resolved fields), and what else was known when the run began."""
+        """Write run.json: `arguments` (the resolved fields), command and versions."""
         write_json(self.path / CONFIGURATION_FILE, configuration)
 
     def read_configuration(self) -> dict[str, Any]:
@@ -119,11 +113,11 @@ class RunFolder:
         return read_json(self.path / METRICS_FILE)
 
     def write_history(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write history.jsonl: one logged row a line, each with its step and epoch."""
+        """Write history.jsonl: one logged row per line, each with its step and epoch."""
         write_text(self.path / HISTORY_FILE, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """The rows of history.jsonl; empty if the run has logged nothing yet."""
+        """The rows of history.jsonl; empty before the first one."""
         path = self.path / HISTORY_FILE
         if not path.is_file():
             return []
@@ -131,17 +125,17 @@ class RunFolder:
 
 
 def different_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that make two runs different runs, sorted."""
+    """Names of the fields in which two runs differ, sorted, without `UNCOMPARED`."""
     names = (set(one) | set(other)) - UNCOMPARED
     return sorted(name for name in names if plain(one.get(name)) != plain(other.get(name)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a JSON object.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -155,12 +149,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object in one move: a reader sees the old file or the new one, never half of it."""
+    """Write a JSON object atomically: a reader sees the old file or the new one."""
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one move, as `write_json` does."""
+    """Write a file atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -174,7 +168,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value in JSON's own types; what is not finite becomes None, what JSON does not know becomes a string."""
+    """Convert a value to JSON types: numbers that are not finite to None, other types to strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -185,5 +179,5 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         return plain(value.item())
-    # str() of an Enum that is also a str would give its name, not its value.
+    # str() of an Enum that is also a str is its name, not its value.
     return str(getattr(value, "value", value))

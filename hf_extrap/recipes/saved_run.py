@@ -1,4 +1,4 @@
-"""A model that a run has saved, built again with its task and its Trainer, for measurements."""
+"""A saved run, rebuilt with its task and Trainer, for measurements."""
 
 from __future__ import annotations
 
@@ -18,34 +18,25 @@ from hf_extrap.training.trainer import ExtrapTrainer
 
 OPTIMIZER_FILE = "optimizer.pt"
 
-# Fields of a run that say where and how fast it ran, not what it trained.
+#: Fields of places, devices and speed, which do not change what was trained.
 UNUSED = frozenset(
-    {
-        "output_dir",
-        "resume_from_checkpoint",
-        "use_cpu",
-        "bf16",
-        "fp16",
-        "torch_compile",
-        "deepspeed",
-        "fsdp",
-        "report_to",
-        "push_to_hub",
-        "sharpness_batches",
-    }
+    (
+        "output_dir resume_from_checkpoint use_cpu bf16 fp16 torch_compile deepspeed fsdp report_to push_to_hub "
+        "sharpness_batches"
+    ).split()
 )
 
 
 @dataclass
 class SavedRun:
-    """A Trainer that holds the saved weights, in float32, and the optimizer's state where one was saved.
+    """A Trainer with the saved weights, in float32, and the saved state of the optimizer, if any.
 
     Attributes:
         folder: of the weights.
-        configuration: the run's, resolved again in this process.
-        trainer: with nothing trained; its `optimizer` is None where the folder has no optimizer.pt.
+        configuration: of the run, resolved again in this process.
+        trainer: before training; its `optimizer` is None if the folder has no optimizer.pt.
         learning_rate: of the optimizer's next step, or None.
-        step: of the checkpoint, or None for a model at a run's end or of no run.
+        step: of a checkpoint, otherwise None.
     """
 
     folder: Path
@@ -56,16 +47,16 @@ class SavedRun:
 
 
 def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None = None) -> SavedRun:
-    """Build a run again around the weights that it saved.
+    """Rebuild a run from its saved weights.
 
     Args:
-        folder: a run's, a checkpoint in it, or any saved model.
-        words: `--field value …`, which win over the run's own fields.
-        config: YAML file with the fields, for a saved model that no run.json describes.
+        folder: folder of a run, of a checkpoint in it, or of any saved model.
+        words: `--field value …`, which take precedence over the run's fields.
+        config: YAML file with the fields, for a saved model without run.json.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: the weights do not fit the fields, or fields are wrong or missing.
+        FileNotFoundError: if there is no such folder, or no weights in it.
+        ValueError: if the weights do not fit the fields, or a field is wrong or missing.
     """
     _check_weights(folder)
     run = next((path for path in (folder, folder.parent) if (path / CONFIGURATION_FILE).is_file()), None)
@@ -80,7 +71,7 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
         fields = to_words({k: v for k, v in recorded.items() if k not in UNUSED and v is not None})
     else:
         fields = ["--model", str(folder)]
-    # The Trainer makes its output folder, and nothing is written there.
+    # The Trainer creates its output folder, so it gets one that exists.
     configuration = resolve(config, [*fields, "--report_to", "none", *words, "--output_dir", str(folder)])
     arguments = configuration.training_arguments
     if arguments.world_size > 1:
@@ -89,7 +80,7 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     check_checkpoint_matches(folder, prepared.model)
     weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
-    # Into the task's own model, which knows what is trained: a loaded one would train fixed positions too.
+    # Into the model of the task: a loaded one would also train fixed positions.
     prepared.model.float().load_state_dict(weights)
     trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
     step = folder.name.removeprefix("checkpoint-")
@@ -113,7 +104,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _load_optimizer(trainer: ExtrapTrainer, path: Path) -> float | None:
-    """Give the Trainer the saved optimizer, if there is one; the learning rate of its next step."""
+    """Load the saved optimizer, if any, into the Trainer; return the learning rate of its next step."""
     if not path.is_file():
         return None
     trainer.create_optimizer()
@@ -122,7 +113,7 @@ def _load_optimizer(trainer: ExtrapTrainer, path: Path) -> float | None:
         raise ValueError(f"{path} belongs to an engine whose state cannot be read in one process.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # Directions are of no use to a measurement at x.
+        # A measurement at x needs no directions.
         optimizer.base.load_state_dict({name: value for name, value in state.items() if name != "extrap"})
     except Exception as error:
         raise ValueError(f"{path} cannot be read into this run's optimizer: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""The tables that the program prints, for readers who have never seen it."""
+"""Tables on the terminal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_extrap.recipes.figures import spoken
+from hf_extrap.recipes.model_card import result_rows, training_rows
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, METRICS_FILE
-from hf_extrap.training.model_card import result_rows, worker_words
+from hf_extrap.recipes.task import spoken
 
 
 def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Console | None = None) -> None:
-    """Print what one run trained, what came out, and where it lies."""
+    """Print the results, speed and files of a run."""
     console = console or Console()
     better = "higher is better" if metrics["greater_is_better"] else "lower is better"
     direction = metrics["extrap"]["direction"]
@@ -29,32 +29,23 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
             result_rows(metrics),
         )
     )
-    rows = [
-        ["steps", f"{metrics['steps']:,}"],
-        ["workers", worker_words(metrics)],
-        ["training time", _seconds(metrics["train_seconds"])],
-        ["seconds a step", _optional(metrics["seconds_per_step"], ".3f")],
-        ["of which waiting for data", _optional(metrics["data_seconds_per_step"], ".5f")],
-        ["tokens a second", _optional(metrics["tokens_per_second"], ",.0f")]
-        if metrics["tokens_per_second"]
-        else ["samples a second", _optional(metrics["samples_per_second"], ",.0f")],
-    ]
+    rows = training_rows(metrics)
     if metrics["world_size"] > 1 and metrics["ranks_identical"] is not None:
-        rows.append(["processes ended with the same weights", "yes" if metrics["ranks_identical"] else "NO"])
+        rows.append(["replicas identical", "yes" if metrics["ranks_identical"] else "NO"])
     folder = Path(output_dir)
     console.print(make_table(None, ["", ""], rows, header=False))
-    # A path that is folded cannot be copied.
+    # A path that is wrapped cannot be copied.
     for name, file in (("model card", CARD_FILE), ("figure", CURVES_FILE), ("all numbers", METRICS_FILE)):
         if (folder / file).exists():
             console.print(f"  {name:<12}{folder / file}", soft_wrap=True, highlight=False)
     if metrics["status"] == "diverged":
-        console.print("The run diverged: its metric is not a finite number. Lower --learning_rate or the step size.")
+        console.print("The run diverged: its metric is not finite. Decrease --learning_rate or the step size.")
 
 
 def make_table(
     title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], header: bool = True, numbers: bool = True
 ) -> Table:
-    """A table whose first column is text; with `numbers`, the other columns are aligned to the right."""
+    """Return a table whose first column is text; with `numbers`, the other columns are right-aligned."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=header)
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index > 0 and header and numbers else "left"
@@ -62,11 +53,3 @@ def make_table(
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

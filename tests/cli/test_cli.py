@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from hf_extrap.cli import main
-from hf_extrap.recipes import configuration
-from hf_extrap.recipes.configuration import resolve, to_words
+from hf_extrap.recipes.configuration import check_processes, resolve, to_words
 
 WriteConfig = Callable[[str, dict[str, Any]], Path]
 
@@ -234,16 +233,9 @@ def test_words_say_the_same_as_the_mapping() -> None:
 
 
 def test_processes_that_do_not_see_each_other_are_refused(
-    tiny_translation: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_translation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = configuration._build
-
-    def build_then_launch(*arguments: Any) -> Any:
-        built = build(*arguments)
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        return built
-
-    monkeypatch.setattr(configuration, "_build", build_then_launch)
-    assert "4 processes were launched, but the process group has 1" in error_of(
-        ["train", str(tiny_translation)], capsys
-    )
+    arguments = resolve(tiny_translation).training_arguments
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 processes were launched, but the process group has 1"):
+        check_processes(arguments)

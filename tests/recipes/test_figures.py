@@ -1,4 +1,4 @@
-"""Figures hold the data they are said to hold."""
+"""Figures contain the data of their titles."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
     assert 1000 <= width <= 1200
 
 
-def test_what_stays_at_zero_is_no_curve(tmp_path: Path) -> None:
+def test_a_quantity_that_stays_zero_has_no_panel(tmp_path: Path) -> None:
     rows = [{**row, "extrap/displacement_norm": 0.0} for row in ROWS]
     assert "Displacement ‖x − y‖" not in draw_curves(rows, "perplexity", tmp_path / "curves.png")
 
 
-def test_one_evaluation_is_no_curve(tmp_path: Path) -> None:
+def test_a_single_evaluation_has_no_panel(tmp_path: Path) -> None:
     drawn = draw_curves(ROWS[:11], "perplexity", tmp_path / "curves.png")
     assert drawn == ["Loss", "Learning rate", "Extrapolation step size"]
 

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped resolves: its fields are known, and they go together."""
+"""Every shipped recipe and study resolves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_extrap.lab.study.plan import Plan
 from hf_extrap.lab.study.specification import read_study
 from hf_extrap.recipes.configuration import resolve
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("accelerate", "studies"))
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
 

@@ -1,4 +1,4 @@
-"""What is written down while a run goes on: the time of each step, and the part of it that waits for data."""
+"""The recorder of a run: time per step, and its share of waiting for data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_extrap.recipes.run_folder import RunFolder
 
 
 def recorded(tmp_path: Path, events: list[tuple[float, str]], monkeypatch: pytest.MonkeyPatch) -> RunRecorder:
-    """A recorder that has seen these events, each at its second."""
+    """A recorder after these events, each at its second."""
     recorder = RunRecorder(RunFolder(tmp_path))
     state, control = TrainerState(max_steps=5), TrainerControl()
     for second, event in events:
@@ -46,13 +46,13 @@ def test_a_step_is_timed_with_its_wait_and_the_first_is_not_counted(
 @pytest.mark.parametrize(
     ("event", "intervals"), [("log", [4.5, 3.0, 9.5]), ("evaluate", [4.5, 3.0]), ("save", [4.5, 3.0])]
 )
-def test_what_lies_between_two_steps_is_no_wait(
+def test_events_between_two_steps_are_not_waits(
     tmp_path: Path, event: str, intervals: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = recorded(tmp_path, [*STEPS, (20.0, event), (27.0, "step_begin"), (28.0, "step_end")], monkeypatch)
     assert recorder.waits == [0.5, 1.0] and recorder.intervals == intervals
 
 
-def test_nothing_is_known_before_the_second_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_none_before_the_second_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = recorded(tmp_path, STEPS[:2], monkeypatch)
     assert recorder.seconds_per_step is None and recorder.data_seconds_per_step is None

@@ -1,4 +1,4 @@
-"""One run, end to end: what it leaves, that it resumes bit for bit, and what it refuses."""
+"""One run, end to end: its files, bit-identical resuming, and errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TIMES = ("runtime", "per_second")
 
 
 def train(config: Path, folder: Path, *words: str) -> dict[str, Any]:
-    """Train through the command line, in this process; the content of metrics.json."""
+    """Train by the command line, in this process; return metrics.json."""
     assert main(["train", str(config), "--output_dir", str(folder), *words]) == 0
     return RunFolder(folder).read_metrics()
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The sentence on stderr of a run that is refused."""
+    """The error on stderr of a run that is refused."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 2
     return capsys.readouterr().err
@@ -44,7 +44,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut_off(run: Path, into: Path, step: int) -> None:
-    """What a kill after the checkpoint of this step would have left."""
+    """Copy the files that a run killed after the checkpoint of this step would have left."""
     into.mkdir()
     shutil.copy(run / "run.json", into)
     shutil.copytree(run / f"checkpoint-{step}", into / f"checkpoint-{step}")
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_translation: Path) -
     return folder
 
 
-def test_metrics_tell_what_was_run(finished: Path) -> None:
+def test_metrics_describe_the_run(finished: Path) -> None:
     metrics = RunFolder(finished).read_metrics()
     assert (metrics["status"], metrics["task"], metrics["preset"]) == ("finished", "translation", "extrap")
     assert ExtrapConfig.from_dict(metrics["extrap"]) == ExtrapConfig.preset("extrap", seed=42)
@@ -78,7 +78,7 @@ def test_metrics_tell_what_was_run(finished: Path) -> None:
     assert metrics["data_seconds_per_step"] is None
     tokens_per_batch = metrics["facts"]["target_tokens_per_batch"]
     assert metrics["global_batch_units"] == pytest.approx(2 * tokens_per_batch)
-    # Two micro-batches a step; an epoch may end on a shorter one.
+    # Two micro-batches per step; the last step of an epoch may have one.
     expected = 2 * tokens_per_batch / metrics["seconds_per_step"]
     assert metrics["tokens_per_second"] == pytest.approx(expected, rel=0.3)
     assert metrics["command"].startswith("hf-extrap train ") and "--extrap extrap" in metrics["command"]
@@ -86,7 +86,7 @@ def test_metrics_tell_what_was_run(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_bf16_is_warned_of_where_the_cpu_lacks_it(
+def test_bf16_warns_on_a_cpu_without_it(
     tiny_translation: Path,
     able: bool,
     tmp_path: Path,
@@ -99,7 +99,7 @@ def test_bf16_is_warned_of_where_the_cpu_lacks_it(
     assert [("bf16" in message, "--bf16 false" in message) for message in said] == [(True, True)] * (not able)
 
 
-def test_an_lstm_in_bf16_is_refused_where_the_cpu_lacks_it(
+def test_an_lstm_in_bf16_is_refused_on_a_cpu_without_it(
     tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("hf_extrap.recipes.run.cpu_has_bf16", lambda: False)
@@ -111,7 +111,7 @@ def test_history_has_every_step_and_every_evaluation(finished: Path) -> None:
     rows = RunFolder(finished).read_history()
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "eval_bleu" in row] == [3, 6]
-    # The first step has no earlier one to take its length from.
+    # The first step has no previous step to scale its extrapolation.
     assert [row["extrap/displacement_norm"] > 0 for row in rows if "loss" in row] == [False, *[True] * 5]
     metrics = RunFolder(finished).read_metrics()
     assert metrics["eval"]["eval_loss"] == [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
@@ -125,7 +125,7 @@ def test_the_model_and_its_tokenizer_load_from_the_folder(finished: Path) -> Non
     assert model.num_parameters() == RunFolder(finished).read_metrics()["facts"]["parameters"]
 
 
-def test_the_card_is_valid_and_says_what_the_metrics_say(finished: Path) -> None:
+def test_the_card_is_valid_and_agrees_with_the_metrics(finished: Path) -> None:
     card, metrics = ModelCard.load(finished / "README.md"), RunFolder(finished).read_metrics()
     results = {result.dataset_split: result for result in card.data.eval_results}
     assert results["validation"].metric_value == round(metrics["eval"]["eval_bleu"], 4)
@@ -138,16 +138,14 @@ def test_the_card_is_valid_and_says_what_the_metrics_say(finished: Path) -> None
     assert fields == metrics["extrap"]
     assert metrics["command"] in text
     assert (finished / text.split("![Training curves](")[1].split(")")[0]).is_file()
-    # No cell and no table is broken by what was filled in.
+    # No value breaks a table cell.
     for line in text.splitlines():
         if line.startswith("|") and "validation BLEU" not in line and "test BLEU" not in line and "loss" not in line:
             cells = line.replace("\\|", "").strip("|").split("|")
             assert len(cells) in (2, 3), line
 
 
-def test_a_resumed_run_equals_the_one_that_was_never_stopped(
-    finished: Path, tiny_translation: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(finished: Path, tiny_translation: Path, tmp_path: Path) -> None:
     cut_off(finished, tmp_path / "resumed", step=3)
     words = ("--extrap", "extrap", "--extrap_virtual_workers", "2", "--resume_from_checkpoint", "true")
     metrics = train(tiny_translation, tmp_path / "resumed", *words)
@@ -178,7 +176,7 @@ def test_the_checkpoint_of_another_model_is_refused(
     assert "checkpoint-3 is of another model" in sentence and "has shape" in sentence
 
 
-def test_a_checkpoint_that_was_cut_off_in_the_middle_is_not_resumed(
+def test_an_incomplete_checkpoint_is_not_resumed(
     finished: Path, tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_off(finished, tmp_path / "run", step=3)
@@ -188,7 +186,7 @@ def test_a_checkpoint_that_was_cut_off_in_the_middle_is_not_resumed(
     assert "holds no checkpoint to resume from" in sentence
 
 
-def test_a_diverged_run_says_so(tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverged_run_is_reported(tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--learning_rate", "1e30", "--optim", "sgd", "--max_grad_norm", "0", "--max_steps", "3")
     metrics = train(tiny_translation, tmp_path / "run", *words)
     assert metrics["status"] == "diverged"
@@ -201,7 +199,7 @@ def test_a_language_model_learns_loads_and_resumes(
 ) -> None:
     words = ("--extrap", "extrap-past", "--extrap_virtual_workers", "2")
     whole = train(tiny_language_model, tmp_path / "whole", *words)
-    # Before training it guesses among 200 words.
+    # An untrained model is near a uniform guess among 200 words.
     assert 150 < whole["untrained"]["untrained_perplexity"] < 260
     assert whole["eval"]["eval_perplexity"] < whole["untrained"]["untrained_perplexity"] - 5
     assert whole["eval"]["eval_perplexity"] == pytest.approx(math.exp(whole["eval"]["eval_loss"]), rel=0.02)
@@ -231,9 +229,9 @@ def test_two_processes_train_one_model(tiny_language_model: Path, tmp_path: Path
     assert metrics["world_size"] == 2
     assert metrics["ranks_identical"] is True
     assert (metrics["steps"], metrics["global_batch"]) == (6, 8)
-    # One of them speaks.
-    assert shown.count("validation perplexity") == 1 and "processes ended with the same weights" in shown
-    # Without dropout, whose masks differ, one process that plays two workers follows the same path, to rounding.
+    # Only one process prints.
+    assert shown.count("validation perplexity") == 1 and "replicas identical" in shown
+    # Without dropout, whose masks differ, one process with two virtual workers is equal up to rounding.
     words = (
         "--extrap",
         "extrap",
@@ -259,7 +257,7 @@ def test_replicas_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.distributed
-def test_an_error_in_two_processes_is_told_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
+def test_an_error_in_two_processes_is_printed_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
     shown = launch("-m", "hf_extrap", "train", tiny_translation, "--extrap", "bogus", processes=2, expect=1)
     assert shown.count("hf-extrap: error: extrap preset is 'bogus'") == 1
 
@@ -293,7 +291,7 @@ def test_deepspeed_trains_the_same_model(
     assert metrics["ranks_identical"] is (True if stage == 2 else None)
     words = (*words, "--extrap_virtual_workers", "2", "--per_device_eval_batch_size", "8")
     virtual = train(tiny_language_model, tmp_path / "virtual", *words)
-    # Stage 3 draws the weights where they are cut up, from other random numbers.
+    # Stage 3 initializes partitioned weights, with other random numbers.
     tolerance = 1e-5 if stage == 2 else 0.05
     assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=tolerance)
     assert virtual["facts"] == metrics["facts"]

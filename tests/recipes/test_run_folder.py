@@ -1,4 +1,4 @@
-"""What a run leaves: atomic files, numbers that JSON can hold, and folders that refuse another run."""
+"""The folder of a run: atomic files, JSON values, and refusal of other runs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_run_that_was_cut_off_may_go_on_and_not_start_again(tmp_path: Path) ->
     folder = begin(tmp_path, seed=1)
     folder.check({"seed": 1}, resume=False)
     add_checkpoint(tmp_path, 5)
-    with pytest.raises(ValueError, match="up to checkpoint-5; go on with --resume_from_checkpoint true"):
+    with pytest.raises(ValueError, match="up to checkpoint-5; resume with --resume_from_checkpoint true"):
         folder.check({"seed": 1}, resume=False)
     folder.check({"seed": 1, "resume_from_checkpoint": "true"}, resume=True)
 

@@ -1,4 +1,4 @@
-"""Labelled pictures: scikit-learn's digits, stratified splits, and decoded pictures kept on disk as bytes."""
+"""Labelled images: scikit-learn's digits, stratified splits, and decoded images cached on disk as bytes."""
 
 from __future__ import annotations
 
@@ -7,58 +7,66 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
-from hf_extrap.recipes.task import cached_folder
+from hf_extrap.recipes.data import cached_folder
+from hf_extrap.training.extras import extra
 
-#: Raised whenever prepared data of an earlier version must not be used again.
-_CACHE_VERSION = 1
-#: Seed of every split: the same data for every seed of the training.
-_SPLIT_SEED = 0
-_DIGITS_VALIDATION, _DIGITS_TEST = 297, 360
+if TYPE_CHECKING:
+    import datasets
+
+#: Increase it when the format of prepared data changes.
+CACHE_VERSION = 1
+#: Splits do not depend on the seed of the training.
+SPLIT_SEED = 0
+DIGITS_VALIDATION, DIGITS_TEST = 297, 360
 
 
 def builtin_digits() -> datasets.DatasetDict:
-    """Return the 1,797 handwritten digits that come with scikit-learn, 8 × 8 grey: 1,140 to train, 297 and 360."""
+    """Return scikit-learn's 1,797 handwritten digits, 8 × 8 grey: 1,140 for train, 297 for validation, 360 for test."""
+    with extra("recipes"):
+        import datasets
+        from PIL import Image
+        from sklearn.datasets import load_digits
+
     digits = load_digits()
     rows = datasets.Dataset.from_dict(
         {
-            "img": [Image.fromarray(picture) for picture in (digits.images * 255 / 16).round().astype(np.uint8)],
+            "img": [Image.fromarray(image) for image in (digits.images * 255 / 16).round().astype(np.uint8)],
             "label": digits.target,
         },
         features=datasets.Features(
             {"img": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
         ),
     )
-    rest, test = stratified_cut(rows, _DIGITS_TEST, "label")
-    train, validation = stratified_cut(rest, _DIGITS_VALIDATION, "label")
+    rest, test = stratified_cut(rows, DIGITS_TEST, "label")
+    train, validation = stratified_cut(rest, DIGITS_VALIDATION, "label")
     return datasets.DatasetDict({"train": train, "validation": validation, "test": test})
 
 
 def stratified_cut(rows: datasets.Dataset, size: int, label_column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Cut off `size` rows at random, with the same share of every class; the same rows each time.
+    """Split off `size` rows at random, always the same ones, with equal shares of every class.
 
     Returns:
-        What remains and what was cut off, both in the order they had.
+        The remaining rows and those split off, both in their original order.
 
     Raises:
-        ValueError: If the rows do not have so many, or so few, or have no labels.
+        ValueError: if there are too few rows, or no labels.
     """
+    with extra("recipes"):
+        from sklearn.model_selection import train_test_split
+
     if label_column not in rows.column_names:
         raise ValueError(f"the training split has no column {label_column!r}: it has {rows.column_names}.")
     labels = np.asarray(rows[label_column])
     try:
-        parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=_SPLIT_SEED)
+        parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=SPLIT_SEED)
     except ValueError as error:
         raise ValueError(f"{size} rows cannot be cut off a training split of {len(labels)}: {error}") from error
     kept, cut = (rows.select(np.sort(part)) for part in parts)
@@ -66,17 +74,17 @@ def stratified_cut(rows: datasets.Dataset, size: int, label_column: str) -> tupl
 
 
 def random_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
-    """Return `count` rows at random, the same each time: files are often in the order of their classes."""
-    return rows.select(np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(rows))[:count]))
+    """Select `count` rows at random, always the same ones: files are often sorted by class."""
+    return rows.select(np.sort(np.random.default_rng(SPLIT_SEED).permutation(len(rows))[:count]))
 
 
 @dataclass
-class Pictures(Dataset):
-    """Pictures in memory or mapped from disk.
+class ImageDataset(Dataset):
+    """Images in memory or mapped from disk.
 
     Attributes:
-        images: (pictures, 3, height, width) uint8.
-        labels: (pictures,) int64.
+        images: (images, 3, height, width) uint8.
+        labels: (images,) int64.
     """
 
     images: np.ndarray
@@ -89,7 +97,7 @@ class Pictures(Dataset):
         return {"pixel_values": torch.from_numpy(self.images[index].copy()), "labels": int(self.labels[index])}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return a whole batch at once: pictures are not collated one by one."""
+        """Return a whole batch, for `collate`."""
         rows = np.asarray(indices)
         return {"pixel_values": torch.from_numpy(self.images[rows]), "labels": torch.from_numpy(self.labels[rows])}
 
@@ -104,7 +112,7 @@ class Pictures(Dataset):
 
 
 def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack pictures that come one by one; a batch that `Pictures` has made whole is left as it is."""
+    """Stack single items; a whole batch of an `ImageDataset` is returned unchanged."""
     if isinstance(batch, dict):
         return batch
     return {
@@ -113,73 +121,63 @@ def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor
     }
 
 
-def decoded(
+def decode(
     splits: datasets.DatasetDict, cache_root: Path, image_column: str, label_column: str
-) -> dict[str, Pictures]:
-    """Decode every picture once, to RGB, or find them decoded.
+) -> dict[str, ImageDataset]:
+    """Decode every image to RGB; the bytes are cached under a fingerprint of the image files.
 
     Args:
-        splits: rows with a picture (the feature `Image`, of any file format) and a class number.
-        cache_root: where the bytes are kept, under a fingerprint of the files in the rows.
-        image_column: name of the column of pictures.
-        label_column: name of the column of classes, numbered from 0.
+        splits: rows with an image (the feature `Image`, of any file format) and a class number.
+        cache_root: folder of the cache.
+        image_column: column of the images.
+        label_column: column of the classes, numbered from 0.
 
     Raises:
-        ValueError: If a column is something else, a picture cannot be read, or pictures differ in size.
+        ValueError: if a column has another type, an image cannot be read, or images differ in size.
     """
+    with extra("recipes"):
+        import datasets
+
+    found: dict[str, ImageDataset] = {}
+    digest = hashlib.blake2b(json.dumps(CACHE_VERSION).encode(), digest_size=12)
     for name, split in splits.items():
-        if not isinstance(split.features[image_column], datasets.Image):
-            raise ValueError(
-                f"column {image_column!r} of split {name!r} holds {split.features[image_column]}: "
-                "it must hold pictures (the feature Image of `datasets`)."
-            )
-
-    def build(folder: Path) -> None:
-        for name, split in splits.items():
-            np.save(folder / f"{name}.npy", _decode(split, name, image_column), allow_pickle=False)
-
-    folder = cached_folder(cache_root / "images", _fingerprint(splits, image_column), build)
-    pictures = {
-        name: Pictures(
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False), _labels(split, name, label_column)
-        )
-        for name, split in splits.items()
-    }
-    sizes = {name: part.images.shape[2:] for name, part in pictures.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"pictures differ in size between the splits: {sizes}; all must have one size.")
-    return pictures
-
-
-def _decode(split: datasets.Dataset, name: str, image_column: str) -> np.ndarray:
-    images: np.ndarray | None = None
-    for index, row in enumerate(tqdm(split.select_columns(image_column), desc=f"Decoding {name}", leave=False)):
-        picture = np.asarray(row[image_column].convert("RGB")).transpose(2, 0, 1)
-        if images is None:
-            images = np.empty((len(split), *picture.shape), dtype=np.uint8)
-        if picture.shape != images.shape[1:]:
-            raise ValueError(
-                f"picture {index} of split {name!r} has {picture.shape[1:]} pixels and the first {images.shape[2:]}: "
-                "all must have one size."
-            )
-        images[index] = picture
-    assert images is not None  # load_splits refuses empty splits
-    return images
-
-
-def _labels(split: datasets.Dataset, name: str, label_column: str) -> np.ndarray:
-    labels = np.asarray(split[label_column])
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(f"column {label_column!r} of split {name!r} is not of classes numbered from 0.")
-    return labels.astype(np.int64)
-
-
-def _fingerprint(splits: datasets.DatasetDict, image_column: str) -> str:
-    digest = hashlib.blake2b(json.dumps(_CACHE_VERSION).encode(), digest_size=12)
-    for name, split in splits.items():
+        feature = split.features[image_column]
+        if not isinstance(feature, datasets.Image):
+            raise ValueError(f"column {image_column!r} of split {name!r} holds {feature}; allowed: the feature Image.")
         digest.update(f"{name} {len(split)}".encode())
         files = split.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         for batch in files.iter(batch_size=1000):
             for file in batch[image_column]:
                 digest.update(file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes())
-    return digest.hexdigest()
+
+    def build(folder: Path) -> None:
+        for name, split in splits.items():
+            np.save(folder / f"{name}.npy", _decode(split, name, image_column), allow_pickle=False)
+
+    folder = cached_folder(cache_root / "images", digest.hexdigest(), build)
+    for name, split in splits.items():
+        labels = np.asarray(split[label_column])
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise ValueError(f"column {label_column!r} of split {name!r} holds no classes; allowed: integers from 0.")
+        images = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        found[name] = ImageDataset(images, labels.astype(np.int64))
+    sizes = {name: part.images.shape[2:] for name, part in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"images differ in size between the splits: {sizes}; allowed: one size.")
+    return found
+
+
+def _decode(split: datasets.Dataset, name: str, image_column: str) -> np.ndarray:
+    images: np.ndarray | None = None
+    for index, row in enumerate(tqdm(split.select_columns(image_column), desc=f"Decoding {name}", leave=False)):
+        image = np.asarray(row[image_column].convert("RGB")).transpose(2, 0, 1)
+        if images is None:
+            images = np.empty((len(split), *image.shape), dtype=np.uint8)
+        if image.shape != images.shape[1:]:
+            raise ValueError(
+                f"image {index} of split {name!r} has {image.shape[1:]} pixels and the first {images.shape[2:]}; "
+                "allowed: one size."
+            )
+        images[index] = image
+    assert images is not None  # load_splits refuses empty splits
+    return images

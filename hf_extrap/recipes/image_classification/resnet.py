@@ -1,4 +1,4 @@
-"""The ResNet for small pictures (He et al. 2016, section 4.2) as a `PreTrainedModel`: 6n + 2 layers."""
+"""The ResNet for small images (He et al. 2016, section 4.2) as a `PreTrainedModel`: 6n + 2 layers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from transformers import ResNetConfig, ResNetForImageClassification, initializat
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
-_ONE_BLOCK = 16
-"""The most channels that oneDNN takes at once. Of fewer, channels last, its gradient of a strided 1 × 1 convolution
-writes past its memory on CPUs with AVX2 (oneDNN issue 6035)."""
+#: Block size of oneDNN in channels. With fewer channels in channels-last layout, its gradient of a strided 1 × 1
+#: convolution writes out of bounds on CPUs with AVX2 (oneDNN issue 6035).
+ONEDNN_BLOCK = 16
 
 
 class ExtrapResNetConfig(ResNetConfig):
-    """Shape of a ResNet for small pictures, and how its pictures are normalised.
+    """Configuration of a ResNet for small images, with the statistics that normalize them.
 
     Args:
-        depth: Layers with weights, 6n + 2: three stages of n basic blocks (8, 14, 20, 32, …).
-        width: Channels of the first stage; the second has twice, the third four times as many.
-        image_mean: Mean of each channel over the training set, of values in [0, 1].
-        image_std: Standard deviation of each channel, likewise.
+        depth: layers with weights, 6n + 2: three stages of n basic blocks (8, 14, 20, 32, …).
+        width: channels of the first stage; the second has twice, the third four times as many.
+        image_mean: mean of each channel over the training set, of values in [0, 1].
+        image_std: standard deviation of each channel, likewise.
 
     Raises:
-        ValueError: If the depth is none of these, the width is not positive, or the channels do not fit together.
+        ValueError: if a value is not allowed.
     """
 
     model_type = "extrap_resnet"
@@ -37,13 +37,13 @@ class ExtrapResNetConfig(ResNetConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.depth < 8 or self.depth % 6 != 2:
-            raise ValueError(f"`depth` of the ResNet is {self.depth}: it must be 6n + 2, such as 8, 14, 20 or 32.")
+            raise ValueError(f"`depth` is {self.depth}; allowed: 6n + 2, such as 8, 14, 20 or 32.")
         if self.width < 1:
-            raise ValueError(f"`width` of the ResNet is {self.width}: it must be at least 1.")
+            raise ValueError(f"`width` is {self.width}; allowed: at least 1.")
         if not len(self.image_mean) == len(self.image_std) == self.num_channels or min(self.image_std) <= 0:
             raise ValueError(
-                f"`image_mean` is {self.image_mean} and `image_std` {self.image_std}: each needs one number for "
-                f"each of the {self.num_channels} channels, and deviations are positive."
+                f"`image_mean` is {self.image_mean} and `image_std` {self.image_std}; allowed: {self.num_channels} "
+                "numbers each, one a channel, and positive deviations."
             )
         self.layer_type = "basic"
         self.embedding_size = self.width
@@ -53,7 +53,7 @@ class ExtrapResNetConfig(ResNetConfig):
 
 
 class Normalization(nn.Module):
-    """Normalises pictures of bytes where they are; floats are taken as normalised already."""
+    """Normalizes uint8 images on their device; images of floats are already normalized."""
 
     mean: Tensor
     std: Tensor
@@ -61,12 +61,12 @@ class Normalization(nn.Module):
     def __init__(self, config: ExtrapResNetConfig) -> None:
         super().__init__()
         self.config = config
-        # Not saved: the configuration has them.
+        # Saved in the configuration.
         self.register_buffer("mean", torch.empty(config.num_channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(config.num_channels, 1, 1), persistent=False)
 
     def fill_buffers(self) -> None:
-        """Take mean and deviation, of values in [0, 255], from the configuration."""
+        """Set mean and deviation, of values in [0, 255], from the configuration."""
         for buffer, values in ((self.mean, self.config.image_mean), (self.std, self.config.image_std)):
             initialization.copy_(buffer, 255 * torch.tensor(values).view(-1, 1, 1))
 
@@ -76,16 +76,16 @@ class Normalization(nn.Module):
 
 
 class ExtrapResNetForImageClassification(ResNetForImageClassification):
-    """Three stages of basic blocks at full, half and quarter resolution, mean over positions, one linear layer.
+    """Three stages of basic blocks at full, half and quarter resolution, average pooling, one linear layer.
 
-    272,474 parameters at depth 20, width 16 and 10 classes. Where a block widens, its shortcut is a 1 × 1 convolution
-    (option B of the paper, which has option A on CIFAR-10).
+    272,474 parameters at depth 20, width 16 and 10 classes. A block that widens has a 1 × 1 convolution as its shortcut
+    (option B of the paper, which uses option A on CIFAR-10).
 
     Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
     """
 
     config_class = ExtrapResNetConfig
-    # The loss ignores num_items_in_batch: the Trainer must divide by the accumulation.
+    # The loss ignores num_items_in_batch: the Trainer must divide by the number of accumulated batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: ExtrapResNetConfig) -> None:
@@ -105,22 +105,21 @@ class ExtrapResNetForImageClassification(ResNetForImageClassification):
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Classify pictures.
+        """Classify images.
 
         Args:
-            pixel_values: (batch, channels, height, width), uint8 as they are, or floats that are already normalised.
-            labels: (batch,), for the loss: mean cross entropy in nats.
+            pixel_values: (batch, channels, height, width), uint8, or floats that are already normalized.
+            labels: (batch,), for the loss, the mean cross entropy in nats.
 
         Raises:
-            ValueError: If `pixel_values` is missing or of another shape.
+            ValueError: if `pixel_values` is missing or has another shape.
         """
         channels = self.config.num_channels
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(f"`pixel_values` has the shape {shape}: it must be (batch, {channels}, height, width).")
+            raise ValueError(f"`pixel_values` has the shape {shape}; allowed: (batch, {channels}, height, width).")
         pixel_values = self.normalization(pixel_values).to(self.dtype)
-        if self.config.width >= _ONE_BLOCK:
-            # Channels last, the layout that convolutions on a CPU are fastest in; by permutations, which torch.vmap can
-            # batch, as it cannot a memory format.
+        if self.config.width >= ONEDNN_BLOCK:
+            # Channels last, the fastest layout of convolutions on a CPU; torch.vmap does not support memory formats.
             pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)

@@ -1,82 +1,85 @@
-"""Image classification: labelled pictures in; a ResNet for small pictures, augmentation and accuracy out."""
+"""Image classification: labelled images, a ResNet for small images, augmentation and accuracy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import datasets
-from sklearn.metrics import accuracy_score
+import numpy as np
 from torch import Tensor
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from hf_extrap.recipes.data import DataArguments, load_splits
 from hf_extrap.recipes.image_classification.augmentation import Augmentation
 from hf_extrap.recipes.image_classification.images import (
-    Pictures,
+    ImageDataset,
     builtin_digits,
     collate,
-    decoded,
+    decode,
     random_rows,
     stratified_cut,
 )
 from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
-from hf_extrap.recipes.task import DataArguments, PreparedTask, load_splits, parameter_count
+from hf_extrap.recipes.task import PreparedTask, parameter_count
+from hf_extrap.training.extras import extra
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
 class ImageClassificationArguments(DataArguments):
-    """Fields of the image classification task: columns, augmentation, and the model if it is made here.
+    """Fields of the task `image_classification`: columns, augmentation, and a new model.
 
     Raises:
-        ValueError: If a field has a value that is not allowed.
+        ValueError: if a value is not allowed.
     """
 
-    image_column: str = field(default="img", metadata={"help": "Column of the pictures."})
+    image_column: str = field(default="img", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the classes, numbered from 0."})
     validation_samples: int = field(
-        default=5000, metadata={"help": "Rows cut off train where the data has no validation split."}
+        default=5000, metadata={"help": "Rows split off train for validation, if the data has no validation split."}
     )
     random_crop: int | None = field(
         default=None, metadata={"help": "Padding of the random crop in pixels; default: 4, and 0 for 'builtin'."}
     )
     random_flip: bool | None = field(
-        default=None, metadata={"help": "Mirror pictures at random; default: true, and false for 'builtin'."}
+        default=None, metadata={"help": "Flip images horizontally at random; default: true, and false for 'builtin'."}
     )
-    depth: int = field(default=20, metadata={"help": "Layers of the ResNet made here: 6n + 2, such as 8 or 20."})
-    width: int = field(default=16, metadata={"help": "Channels of its first stage."})
+    depth: int = field(default=20, metadata={"help": "Layers of a new ResNet: 6n + 2, such as 8 or 20."})
+    width: int = field(default=16, metadata={"help": "Channels of the first stage of a new ResNet."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.validation_samples < 1:
-            raise ValueError(f"`validation_samples` is {self.validation_samples}: it must be at least 1.")
+            raise ValueError(f"`validation_samples` is {self.validation_samples}; allowed: at least 1.")
         if self.random_crop is not None and self.random_crop < 0:
-            raise ValueError(f"`random_crop` is {self.random_crop}: it must be at least 0, for none.")
+            raise ValueError(f"`random_crop` is {self.random_crop}; allowed: at least 0.")
         # The model's own check, before any data is read.
         ExtrapResNetConfig(depth=self.depth, width=self.width)
 
     @property
     def is_builtin(self) -> bool:
-        """Whether the data are the digits that come with scikit-learn."""
+        """Whether the data are scikit-learn's digits."""
         return self.data_dir is None and self.dataset == "builtin"
 
     @property
     def augmentation(self) -> Augmentation | None:
-        """What is done to training pictures; digits are neither cropped nor mirrored unless a field says so."""
+        """The augmentation of training images; by default digits have none."""
         crop = self.random_crop if self.random_crop is not None else 0 if self.is_builtin else 4
         flip = self.random_flip if self.random_flip is not None else not self.is_builtin
         return Augmentation(crop, flip) if crop or flip else None
 
 
 class ImageClassificationTask:
-    """Trains a ResNet on small pictures and measures its accuracy."""
+    """Trains a ResNet on small images and measures its accuracy."""
 
     name: ClassVar[str] = "image_classification"
     arguments_class: ClassVar[type] = ImageClassificationArguments
     seq2seq: ClassVar[bool] = False
 
     def training_defaults(self) -> dict[str, Any]:
-        """Return SGD with Nesterov's momentum and weight decay, unclipped, as the ResNets were trained."""
+        """Return the ResNet paper's SGD: Nesterov momentum and weight decay, without clipping."""
         return {
             "optim": "sgd",
             "sgd_momentum": 0.9,
@@ -91,12 +94,15 @@ class ImageClassificationTask:
         }
 
     def prepare(self, arguments: ImageClassificationArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and decode the pictures (main process first), and build the model.
+        """Load and decode the images (main process first), and build the model.
 
         Raises:
-            FileNotFoundError: If data or model is missing.
-            ValueError: If the data or the model cannot be used.
+            FileNotFoundError: if data or model is missing.
+            ValueError: if the data or the model cannot be used.
         """
+        with extra("recipes"):
+            from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
         with training_arguments.main_process_first(desc="image data"):
             splits = load_splits(
                 arguments,
@@ -105,10 +111,10 @@ class ImageClassificationTask:
                 cut_validation=lambda rows: stratified_cut(rows, arguments.validation_samples, arguments.label_column),
                 take=random_rows,
             )
-            pictures = decoded(splits, arguments.cache_root, arguments.image_column, arguments.label_column)
-        names = class_names(splits["train"], pictures, arguments.label_column)
-        model = build_model(arguments, pictures["train"], names)
-        height, width = pictures["train"].images.shape[2:]
+            images = decode(splits, arguments.cache_root, arguments.image_column, arguments.label_column)
+        names = class_names(splits["train"], images, arguments.label_column)
+        model = build_model(arguments, images["train"], names)
+        height, width = images["train"].images.shape[2:]
         augmentation = arguments.augmentation
         return PreparedTask(
             model=model,
@@ -117,20 +123,20 @@ class ImageClassificationTask:
                 image_mean=list(model.config.image_mean),
                 image_std=list(model.config.image_std),
             ),
-            train_dataset=pictures["train"],
-            eval_dataset=pictures["validation"],
-            test_dataset=pictures["test"],
+            train_dataset=images["train"],
+            eval_dataset=images["validation"],
+            test_dataset=images["test"],
             data_collator=collate,
             metric="accuracy",
             greater_is_better=True,
             compute_metrics=accuracy,
             preprocess_logits_for_metrics=most_likely,
             augment=augmentation,
-            samples_per_epoch=len(pictures["train"]),
+            samples_per_epoch=len(images["train"]),
             facts={
                 "dataset": "scikit-learn digits" if arguments.is_builtin else arguments.data_dir or arguments.dataset,
-                **{f"{name}_pictures": len(part) for name, part in pictures.items()},
-                "picture_size": f"{height} × {width}",
+                **{f"{name}_images": len(part) for name, part in images.items()},
+                "image_size": f"{height} × {width}",
                 "classes": len(names),
                 "random_crop": augmentation.crop if augmentation else 0,
                 "random_flip": augmentation.flip if augmentation else False,
@@ -140,38 +146,39 @@ class ImageClassificationTask:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of the pictures whose most likely class is right, in percent."""
-    return {"accuracy": 100 * float(accuracy_score(prediction.label_ids, prediction.predictions))}
+    """Percentage of images whose most likely class is right."""
+    return {"accuracy": 100 * float(np.equal(prediction.label_ids, prediction.predictions).mean())}
 
 
 def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
-    """The class of each picture, (batch,), of logits (batch, classes): all that the metric needs."""
+    """Map logits (batch, classes) to the most likely class (batch,), so that no logits are gathered."""
     return logits.argmax(-1)
 
 
-def class_names(train: datasets.Dataset, pictures: dict[str, Pictures], label_column: str) -> list[str]:
-    """Names of the classes by their number; the numbers themselves where the data gives none.
+def class_names(train: datasets.Dataset, images: dict[str, ImageDataset], label_column: str) -> list[str]:
+    """Names of the classes by number; the numbers themselves if the data has no names.
 
     Raises:
-        ValueError: If a split has a class that train does not know.
+        ValueError: if a split has a class that train has not.
     """
-    feature = train.features[label_column]
-    numbers = range(int(pictures["train"].labels.max()) + 1)
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else [str(number) for number in numbers]
-    for name, part in pictures.items():
+    count = int(images["train"].labels.max()) + 1
+    names = list(getattr(train.features[label_column], "names", None) or map(str, range(count)))
+    for name, part in images.items():
         if part.labels.max() >= len(names):
-            raise ValueError(f"split {name!r} has class {part.labels.max()}, but train has only {len(names)} classes.")
+            raise ValueError(
+                f"split {name!r} has class {part.labels.max()}; allowed: 0 to {len(names) - 1}, as in train."
+            )
     return names
 
 
 def build_model(
-    arguments: ImageClassificationArguments, train: Pictures, names: list[str]
+    arguments: ImageClassificationArguments, train: ImageDataset, names: list[str]
 ) -> ExtrapResNetForImageClassification:
-    """Return the model that the arguments name, or a ResNet made from them, normalised by the training pictures.
+    """Load the model that the arguments name, or build a ResNet that normalizes by the statistics of train.
 
     Raises:
-        FileNotFoundError: If `model` is neither a folder with a model nor found on the Hub.
-        ValueError: If `model` is of another kind or has another number of classes.
+        FileNotFoundError: if `model` is neither a folder with a model nor found on the Hub.
+        ValueError: if `model` has another architecture or number of classes.
     """
     if arguments.model is None:
         mean, std = train.channel_moments()
@@ -180,7 +187,7 @@ def build_model(
                 depth=arguments.depth,
                 width=arguments.width,
                 image_mean=mean,
-                # A channel that never changes is centred and left at that.
+                # A constant channel is centered, not scaled.
                 image_std=[deviation or 1.0 for deviation in std],
                 id2label=dict(enumerate(names)),
                 label2id={name: number for number, name in enumerate(names)},
@@ -192,12 +199,9 @@ def build_model(
         raise FileNotFoundError(f"model {arguments.model!r} cannot be loaded: {error}") from error
     if not isinstance(model, ExtrapResNetForImageClassification):
         raise ValueError(
-            f"model {arguments.model!r} is a {type(model).__name__}: it must be one of this package "
-            f"({ExtrapResNetConfig.model_type}), which normalises pictures itself."
+            f"model {arguments.model!r} is a {type(model).__name__}; allowed: an ExtrapResNetForImageClassification, "
+            "which normalizes images itself."
         )
     if model.config.num_labels != len(names):
         raise ValueError(f"model {arguments.model!r} has {model.config.num_labels} classes, the data {len(names)}.")
     return model
-
-
-__all__ = ["ImageClassificationArguments", "ImageClassificationTask", "accuracy", "build_model", "most_likely"]

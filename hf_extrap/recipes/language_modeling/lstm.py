@@ -1,4 +1,4 @@
-"""An LSTM language model as a full `PreTrainedModel`: Trainer, `generate`, Auto classes and pipeline work with it."""
+"""An LSTM language model as a `PreTrainedModel`, for Trainer, `generate`, Auto classes and pipelines."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from transformers.utils import ModelOutput
 
 from hf_extrap.recipes.language_modeling.vocabulary_head import VocabularyHead
 
-#: (h, c), each (layers, batch, hidden): all that an LSTM knows of the tokens it has read.
+#: (h, c), each (layers, batch, hidden): the recurrent state of an LSTM.
 State = tuple[Tensor, Tensor]
 
 
 class ExtrapLstmConfig(PreTrainedConfig):
-    """Shape of an LSTM language model.
+    """Configuration of an LSTM language model.
 
     Args:
-        vocab_size: Number of token types.
-        embedding_size: Width of the embeddings; must equal `hidden_size` when they are tied to the output layer.
-        hidden_size: Units of each layer.
-        num_hidden_layers: Stacked LSTM layers.
-        dropout: Probability of dropping an element of the embeddings, between layers, and of the output.
-        initializer_range: Embeddings and output weights are drawn uniformly from (-range, range).
-        tie_word_embeddings: Share the embeddings with the output layer (Press and Wolf 2017).
+        vocab_size: number of tokens.
+        embedding_size: width of the embeddings; equal to `hidden_size` if they are tied to the output layer.
+        hidden_size: units of each layer.
+        num_hidden_layers: number of LSTM layers.
+        dropout: probability of dropping an element of the embeddings, between layers, and of the output.
+        initializer_range: embeddings and output weights are drawn uniformly from (-range, range).
+        tie_word_embeddings: share the embeddings with the output layer (Press and Wolf 2017).
 
     Raises:
-        ValueError: If a size is not positive, dropout is not in [0, 1), or tied sizes differ.
+        ValueError: if a value is not allowed.
     """
 
     model_type = "extrap_lstm"
@@ -50,13 +50,13 @@ class ExtrapLstmConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` of the LSTM is {getattr(self, name)}: it must be at least 1.")
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: at least 1.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` of the LSTM is {self.dropout}: it must be in [0, 1).")
+            raise ValueError(f"`dropout` is {self.dropout}; allowed: [0, 1).")
         if self.tie_word_embeddings and self.embedding_size != self.hidden_size:
             raise ValueError(
-                f"tied embeddings need `embedding_size` ({self.embedding_size}) equal to `hidden_size` "
-                f"({self.hidden_size}): make them equal, or set `tie_word_embeddings` to false."
+                f"`embedding_size` is {self.embedding_size} with tied embeddings; allowed: `hidden_size`, "
+                f"{self.hidden_size}, or `tie_word_embeddings` false."
             )
         super().__post_init__(**kwargs)
 
@@ -67,7 +67,7 @@ class ExtrapLstmOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: (batch, length, hidden_size), after dropout.
-        cache_params: State after the last token.
+        cache_params: state after the last token.
     """
 
     last_hidden_state: Tensor | None = None
@@ -79,10 +79,10 @@ class ExtrapLstmCausalLMOutput(ModelOutput):
     """Output of `ExtrapLstmForCausalLM`.
 
     Attributes:
-        loss: Mean cross entropy in nats over the targets (with labels).
-        logits: (batch, length, vocab_size) (without labels only: they would be the largest tensor of a training step).
+        loss: mean cross entropy in nats over the targets (with labels).
+        logits: (batch, length, vocab_size) (without labels).
         token_losses: (batch, length - 1) fp32, detached; 0 where the label is -100 (with labels).
-        cache_params: State after the last token read.
+        cache_params: state after the last token read.
     """
 
     loss: Tensor | None = None
@@ -92,7 +92,7 @@ class ExtrapLstmCausalLMOutput(ModelOutput):
 
 
 class ExtrapLstmPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what the library must know of a recurrent model."""
+    """Initialization, and the attributes of a recurrent model."""
 
     config_class = ExtrapLstmConfig
     base_model_prefix = "model"
@@ -138,18 +138,18 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ExtrapLstmOutput | tuple[Tensor, ...]:
-        """Read tokens from a state on.
+        """Read tokens, starting from a state.
 
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
-            attention_mask: (batch, length or more), 1 for a token, 0 for padding, which leaves the state as it is.
+            attention_mask: (batch, length or more), 1 for a token, 0 for padding, which leaves the state unchanged.
                 Only the last `length` columns are used.
-            cache_params: State to go on from; zeros by default.
-            use_cache: False leaves out the state. `config.use_cache`, which the Trainer turns off for the memory that
-                attention caches take, does not count: this state costs nothing.
+            cache_params: initial state; default: zeros.
+            use_cache: False omits the state. `config.use_cache` is ignored: the Trainer disables it to save the memory
+                of attention caches, and this state is small.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either `input_ids` or `inputs_embeds`, and not both.")
+            raise ValueError("`input_ids` and `inputs_embeds` are both given or both None; allowed: exactly one.")
         embedded = self.dropout(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -embedded.shape[1] :].bool()
@@ -163,7 +163,7 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
         return result.to_tuple() if return_dict is False else result
 
     def _read_masked(self, embedded: Tensor, mask: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Step by step; a row that is padding at a step keeps its state."""
+        """Read token by token; padding leaves the state of its row unchanged."""
         if state is None:
             shape = (self.config.num_hidden_layers, embedded.shape[0], self.config.hidden_size)
             state = (embedded.new_zeros(shape), embedded.new_zeros(shape))
@@ -179,12 +179,12 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
 class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
     """LSTM language model.
 
-    With labels the last input token is a target only and is not read: the state returned is the one after the token
-    before it. So chunks of a text that overlap by one token, each with `labels = input_ids`, count every target once
-    and hand on the right state, with the shift inside the model as in every causal model of the library.
+    Labels are shifted inside the model, as in every causal model of Transformers. With labels the last input token is
+    only a target: the returned state is that before it. So chunks of a text that overlap by one token, each with
+    `labels = input_ids`, count every target once and pass on the right state.
     """
 
-    # The loss is the mean over this batch: the Trainer must divide it by the number of accumulated batches.
+    # The loss ignores num_items_in_batch: the Trainer must divide by the number of accumulated batches.
     accepts_loss_kwargs = False
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
 
@@ -215,21 +215,21 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
             attention_mask: (batch, length or more), 0 for padding.
-            cache_params: State to go on from; zeros by default.
-            labels: (batch, length) int64, position i is predicted from the tokens before it; -100 is not counted, and
-                neither is the first position, which nothing in this batch predicts.
-            logits_to_keep: Compute logits of this many last positions only; 0 for all.
+            cache_params: initial state; default: zeros.
+            labels: (batch, length) int64, position i is predicted from the tokens before it; -100 and the first
+                position are ignored.
+            logits_to_keep: number of last positions to compute logits of; 0 for all.
 
         Raises:
-            ValueError: If labels have another shape than the input, or fewer than two positions.
+            ValueError: if labels differ in shape from the input, or have fewer than two positions.
         """
         if labels is not None:
             given = inputs_embeds if input_ids is None else input_ids
             shape = labels.shape if given is None else given.shape[:2]
             if labels.shape != shape or shape[1] < 2:
                 raise ValueError(
-                    f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}: they must be "
-                    "equal, with at least two positions."
+                    f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}; allowed: equal shapes with "
+                    "at least two positions."
                 )
             input_ids = None if input_ids is None else input_ids[:, :-1]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :-1]
@@ -261,7 +261,7 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Select what `forward` reads next: the last token once there is a state, everything without a cache."""
+        """Select the next input of `forward`: the last token if there is a state, otherwise all tokens."""
         inputs: dict[str, Any] = {
             "attention_mask": attention_mask,
             "cache_params": cache_params,
@@ -273,8 +273,6 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids if cache_params is None else input_ids[:, -1:], **inputs}
 
     def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
-        """Put the rows of the state in the order of the surviving beams."""
+        """Select the rows of the state that belong to the surviving beams."""
         h, c = (part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
         return h, c
-
-    reorder_cache = _reorder_cache

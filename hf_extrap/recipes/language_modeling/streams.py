@@ -1,4 +1,4 @@
-"""Contiguous streams of tokens: how truncated backpropagation through time reads a text."""
+"""Contiguous streams of tokens, for truncated backpropagation through time."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
-IGNORED = -100
+from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED
 
 
 class StreamDataset(Dataset):
-    """A text cut into parallel streams, and each stream into chunks of `seq_len` targets.
+    """A text divided into parallel streams, and each stream into chunks of `seq_len` targets.
 
-    Item `t * streams + s` is chunk t of stream s. Read in this order with batches of B, over W processes and A
-    accumulated micro-batches, `streams = B * W * A` makes batch number `t * W * A + m` hold chunk t of the m-th block
-    of B streams. Processes take batches in turn, so block m is always on process m % W, as its micro-batch m // W: a
-    worker, real or virtual, reads on where it stopped.
+    Item `t * streams + s` is chunk t of stream s. Read in this order with batch size B, W processes and A accumulated
+    micro-batches, `streams = B * W * A` makes batch number `t * W * A + m` contain chunk t of the m-th block of B
+    streams. Processes take batches in turn, so process m % W always gets block m, as its micro-batch m // W: every
+    worker, real or virtual, reads its streams contiguously.
 
-    An item has `seq_len + 1` tokens: the last one is also the first of the next chunk. `labels` equal `input_ids`, as
-    every causal model of the library shifts them itself; the first is -100, being a target of the chunk before. So
-    each token of the text after the first is a target exactly once.
+    An item has `seq_len + 1` tokens; the last one is also the first of the next chunk. `labels` equal `input_ids`,
+    since causal models of Transformers shift them, except that the first is -100: it is a target of the chunk before.
+    So each token of the text after the first is a target exactly once.
 
     Args:
         ids: (tokens + 1,) integers; the first is context only.
-        streams: Number of parallel streams.
-        seq_len: Targets a chunk (the length of backpropagation through time).
-        complete: Cover every token: the last chunks are padded, with labels -100. Otherwise the end that does not fill
-            a chunk in all the streams is left out, as is usual for training.
-        name: Of the split, for messages.
+        streams: number of parallel streams.
+        seq_len: targets of a chunk (the length of backpropagation through time).
+        complete: include every token: the last chunks are padded, with labels -100. Otherwise the tokens that do not
+            fill a chunk in every stream are dropped, as is usual for training.
+        name: name of the split in errors.
 
     Raises:
-        ValueError: If the text is too short for so many streams.
+        ValueError: if the text is too short for that many streams.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StreamDataset(Dataset):
         if targets < needed:
             raise ValueError(
                 f"{name} has {targets} tokens and {streams} streams (batch size x processes x accumulated batches) of "
-                f"{seq_len} need {needed}: lower the batch size or `seq_len`, or give more text."
+                f"{seq_len} need {needed}: decrease the batch size or `seq_len`, or give more text."
             )
         if complete:
             self.stream_length = -(-targets // streams)
@@ -66,7 +66,7 @@ class StreamDataset(Dataset):
         return {name: rows[0] for name, rows in self._batch([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """One whole batch, for `collate`: a batch costs the same few operations whatever its size."""
+        """Return a whole batch, for `collate`, with a number of operations that does not depend on its size."""
         return [self._batch(indices)]
 
     def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class StreamDataset(Dataset):
         begin = stream * self.stream_length + chunk * self.seq_len
         end = np.minimum(begin + self.seq_len, np.minimum((stream + 1) * self.stream_length, self.targets))
         offsets = np.arange(self.seq_len + 1)
-        # A row that has no target has no context either.
+        # A row without targets has no context either.
         read = (offsets <= end - begin) & (begin < end)
         input_ids = np.where(read, self.ids[np.minimum(begin + offsets, self.targets)], 0).astype(np.int64)
         labels = np.where(read & (offsets > 0), input_ids, IGNORED)
@@ -82,5 +82,5 @@ class StreamDataset(Dataset):
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack chunks that come one by one; a batch that `StreamDataset` has made whole is left as it is."""
+    """Stack single chunks; a whole batch of a `StreamDataset` is returned unchanged."""
     return items[0] if items[0]["input_ids"].dim() == 2 else default_data_collator(list(items))

@@ -1,4 +1,4 @@
-"""Language modelling: any text, an LSTM of this package or any causal model of the library, and perplexity."""
+"""Language modeling: text, the LSTM of this package or any causal model of Transformers, and perplexity."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
-import hf_extrap.recipes.models  # noqa: F401  (makes the Auto classes know `extrap_lstm`)
+import hf_extrap.recipes.models  # noqa: F401  (registers `extrap_lstm`)
+from hf_extrap.recipes.data import DataArguments, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
 from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
-from hf_extrap.recipes.task import DataArguments, PreparedTask, load_splits, parameter_count
+from hf_extrap.recipes.task import PreparedTask, parameter_count
 
 LSTM = "extrap_lstm"
 
@@ -36,48 +37,51 @@ LSTM = "extrap_lstm"
 class LanguageModelingArguments(DataArguments):
     """Fields of the task `language_modeling`.
 
-    The shape fields hold for the LSTM; another model made from its configuration takes `config_overrides`.
+    The shape fields apply to a new LSTM; other new models take `config_overrides`.
+
+    Raises:
+        ValueError: if a value is not allowed.
     """
 
-    seq_len: int = field(default=30, metadata={"help": "Targets in a chunk: length of backpropagation through time."})
+    seq_len: int = field(default=30, metadata={"help": "Targets of a chunk: length of backpropagation through time."})
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Cap of the word-level vocabulary; default: every word of the three splits."}
+        default=None, metadata={"help": "Limit of the word-level vocabulary; default: all words of the three splits."}
     )
-    model_type: str = field(default=LSTM, metadata={"help": "Kind of model to make where `model` is null: any causal."})
+    model_type: str = field(default=LSTM, metadata={"help": "Architecture of a new model: any causal model."})
     config_overrides: str | None = field(
-        default=None, metadata={"help": "Configuration of a model made here, such as 'n_embd=128,n_layer=2'."}
+        default=None, metadata={"help": "Configuration of a new model, such as 'n_embd=128,n_layer=2'."}
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Use only the configuration of `model`, no weights."})
+    from_scratch: bool = field(default=False, metadata={"help": "Use the configuration of `model`, not its weights."})
     embedding_size: int | None = field(default=None, metadata={"help": "LSTM: default is `hidden_size`."})
     hidden_size: int = field(default=650, metadata={"help": "LSTM: units of a layer."})
     num_hidden_layers: int = field(default=3, metadata={"help": "LSTM: layers."})
     dropout: float = field(
-        default=0.4, metadata={"help": "LSTM: dropout of embeddings, between layers, of the output."}
+        default=0.4, metadata={"help": "LSTM: dropout of the embeddings, between layers, and of the output."}
     )
     tie_word_embeddings: bool = field(default=True, metadata={"help": "LSTM: share embeddings and output weights."})
     unigram_bias: bool = field(
-        default=False, metadata={"help": "LSTM: start the output bias at the words' log frequencies in train."}
+        default=False, metadata={"help": "LSTM: initialize the output bias with the words' log frequencies in train."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seq_len < 1:
-            raise ValueError(f"`seq_len` is {self.seq_len}: it must be at least 1.")
+            raise ValueError(f"`seq_len` is {self.seq_len}; allowed: at least 1.")
         if self.model is None and self.from_scratch:
-            raise ValueError("`from_scratch` says to leave the weights of `model` unused, and `model` is null.")
+            raise ValueError("`from_scratch` is true and `model` is null; allowed: true only with a `model`.")
         if self.unigram_bias and (self.model is not None or self.model_type != LSTM):
-            raise ValueError("`unigram_bias` is for an LSTM made here: set it to false.")
+            raise ValueError("`unigram_bias` is true; allowed: only for a new LSTM.")
 
 
 class LanguageModelingTask:
-    """Next-token prediction over contiguous streams of text."""
+    """Next-token prediction on contiguous streams of text."""
 
     name: ClassVar[str] = "language_modeling"
     arguments_class: ClassVar[type] = LanguageModelingArguments
     seq2seq: ClassVar[bool] = False
 
     def training_defaults(self) -> dict[str, Any]:
-        """Defaults for a recurrent model; for another set `carry_state: false`, `train_sampling_strategy: random`."""
+        """Return defaults for recurrent models; others need `carry_state: false`, `train_sampling_strategy: random`."""
         return {
             "train_sampling_strategy": "sequential",
             "carry_state": True,
@@ -87,22 +91,19 @@ class LanguageModelingTask:
         }
 
     def prepare(self, arguments: LanguageModelingArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and tokenize the text (main process first) and build model, streams and metric.
+        """Load and tokenize the text (main process first), and build the model, streams and metric.
 
         Raises:
-            ValueError: If data, model and training arguments do not fit together.
-            FileNotFoundError: If data or model cannot be found.
+            FileNotFoundError: if data or model is missing.
+            ValueError: if data, model and training arguments do not fit together.
         """
-        config, tokenizer = _given_model(arguments) if arguments.model is not None else (None, None)
-        with training_arguments.main_process_first(desc="loading and tokenizing the text"):
+        config, tokenizer = _load_config(arguments.model) if arguments.model is not None else (None, None)
+        with training_arguments.main_process_first(desc="text data"):
             splits = load_splits(arguments, columns=("text",), builtin=builtin_text)
             tokenizer, ids = token_streams(splits, arguments.cache_root, tokenizer, arguments.vocab_size)
-        if config is None:
-            model = _new_model(arguments, tokenizer)
-            if arguments.unigram_bias:
-                set_unigram_bias(model.lm_head, ids["train"])
-        else:
-            model = _model_of(arguments, config, tokenizer)
+        model = _build_model(arguments, config, tokenizer)
+        if arguments.unigram_bias:
+            set_unigram_bias(model.lm_head, ids["train"])
         _check_order(model, arguments, training_arguments)
 
         def streams(name: str, count: int, complete: bool) -> StreamDataset:
@@ -137,9 +138,8 @@ class LanguageModelingTask:
         )
 
 
-def _given_model(arguments: LanguageModelingArguments) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
-    """Configuration and, if it has one, tokenizer of the model that `arguments.model` names."""
-    name = str(arguments.model)
+def _load_config(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
+    """Configuration and, if it has one, tokenizer of a model."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -147,7 +147,7 @@ def _given_model(arguments: LanguageModelingArguments) -> tuple[PreTrainedConfig
             f"model {name!r} is neither a folder with a config.json nor found on the Hub or in its cache."
         ) from error
     if config.is_encoder_decoder:
-        raise ValueError(f"model {name!r} is an encoder-decoder ({config.model_type}): give a causal language model.")
+        raise ValueError(f"model {name!r} is an encoder-decoder ({config.model_type}); allowed: causal models.")
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return config, None
@@ -157,91 +157,79 @@ def _given_model(arguments: LanguageModelingArguments) -> tuple[PreTrainedConfig
         raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
 
 
-def _model_of(
-    arguments: LanguageModelingArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+def _build_model(
+    arguments: LanguageModelingArguments, config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The model that `arguments.model` names, with its weights, or from its configuration if it has none."""
+    """The pretrained model of `arguments.model`, or a new one of its configuration or of `arguments.model_type`."""
     name = str(arguments.model)
-    folder = Path(name)
-    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    if arguments.from_scratch or not has_weights:
-        return AutoModelForCausalLM.from_config(_fit(config, arguments, tokenizer))
-    if arguments.config_overrides:
-        raise ValueError("`config_overrides` changes a model made from scratch: set `from_scratch` to true as well.")
-    model = AutoModelForCausalLM.from_pretrained(name)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"model {name!r} knows {model.config.vocab_size} tokens and the text has {len(tokenizer)}: give "
-            "the model its tokenizer, or set `from_scratch` to true."
-        )
-    return model
-
-
-def _new_model(arguments: LanguageModelingArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    if arguments.model_type == LSTM:
-        config = AutoConfig.for_model(
-            LSTM,
-            embedding_size=arguments.embedding_size or arguments.hidden_size,
-            hidden_size=arguments.hidden_size,
-            num_hidden_layers=arguments.num_hidden_layers,
-            dropout=arguments.dropout,
-            tie_word_embeddings=arguments.tie_word_embeddings,
-        )
-    else:
+    if config is not None and not arguments.from_scratch and _has_weights(name):
+        if arguments.config_overrides:
+            raise ValueError(
+                "`config_overrides` is given with a pretrained `model`; allowed: with `from_scratch` true."
+            )
+        model = AutoModelForCausalLM.from_pretrained(name)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"model {name!r} has {model.config.vocab_size} tokens and the text {len(tokenizer)}; save "
+                "the tokenizer with the model, or set `from_scratch` to true."
+            )
+        return model
+    if config is None and arguments.model_type == LSTM:
+        fields = ("hidden_size", "num_hidden_layers", "dropout", "tie_word_embeddings")
+        shape = {field: getattr(arguments, field) for field in fields}
+        config = AutoConfig.for_model(LSTM, embedding_size=arguments.embedding_size or arguments.hidden_size, **shape)
+    elif config is None:
         try:
             config = AutoConfig.for_model(arguments.model_type)
         except ValueError as error:
             raise ValueError(
-                f"`model_type` {arguments.model_type!r} is unknown: use {LSTM!r} or one that AutoConfig knows, such as "
-                "'gpt2'."
+                f"`model_type` is {arguments.model_type!r}; allowed: {LSTM!r}, or a type of AutoConfig, such as 'gpt2'."
             ) from error
-    return AutoModelForCausalLM.from_config(_fit(config, arguments, tokenizer))
-
-
-def _fit(
-    config: PreTrainedConfig, arguments: LanguageModelingArguments, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedConfig:
-    """Give a configuration of a model without weights the tokenizer's ids and the overrides of the arguments."""
     if arguments.config_overrides:
         config.update_from_string(arguments.config_overrides)
     config.vocab_size = len(tokenizer)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    return config
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, token, getattr(tokenizer, token))
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _has_weights(name: str) -> bool:
+    folder = Path(name)
+    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 def _check_order(
     model: PreTrainedModel, arguments: LanguageModelingArguments, training_arguments: TrainingArguments
 ) -> None:
-    """Refuse what would silently train or measure something else."""
+    """Refuse chunks that the model cannot read, and a recurrent state that is carried to the wrong chunk."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and arguments.seq_len + 1 > limit:
         raise ValueError(
-            f"`seq_len` is {arguments.seq_len}: the model reads at most {limit - 1} tokens before a target."
+            f"`seq_len` is {arguments.seq_len}; allowed: at most {limit - 1}, by the positions of the model."
         )
     if not getattr(training_arguments, "carry_state", False):
         return
     if model.config.model_type != LSTM:
         raise ValueError(
-            f"`carry_state` is for recurrent models, and {model.config.model_type!r} is none: set `carry_state` to "
-            "false (and `train_sampling_strategy` to 'random')."
+            f"`carry_state` is true and {model.config.model_type!r} is not recurrent: set `carry_state` to false (and "
+            "`train_sampling_strategy` to 'random')."
         )
     if training_arguments.train_sampling_strategy != "sequential":
         raise ValueError(
-            "`carry_state` needs the chunks of a stream in their order: set `train_sampling_strategy` to 'sequential'."
+            "`carry_state` needs the chunks of a stream in order: set `train_sampling_strategy` to 'sequential'."
         )
 
 
 @torch.no_grad()
 def set_unigram_bias(head: VocabularyHead, ids: np.ndarray) -> None:
-    """Set the output bias to log((count + 1/2) / total), so that training starts at the unigram model."""
+    """Set the output bias to log((count + 1/2) / total), so that training starts from the unigram model."""
     counts = torch.bincount(torch.from_numpy(ids[1:].astype(np.int64)), minlength=head.out_features).float() + 0.5
-    with _whole(head.bias):
+    with _gathered(head.bias):
         head.bias.copy_((counts / counts.sum()).log())
 
 
-def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """To write a parameter that ZeRO-3 has cut up already: every process writes the same."""
+def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """Gather a parameter that ZeRO-3 has partitioned, to write it."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -250,12 +238,12 @@ def _whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
 
 
 def sum_token_losses(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Reduce a batch's outputs to what perplexity needs, so that no logits are gathered or kept.
+    """Reduce a batch's outputs to sums, so that no logits are gathered.
 
     Args:
-        outputs: Losses of the targets (batch, length - 1), as `ExtrapLstmForCausalLM` gives them, or logits
-            (batch, length, vocabulary); the first of a tuple counts.
-        labels: (batch, length), -100 where not counted.
+        outputs: losses of the targets (batch, length - 1), from `ExtrapLstmForCausalLM`, or logits
+            (batch, length, vocabulary); the first element of a tuple.
+        labels: (batch, length), -100 where ignored.
 
     Returns:
         (batch, 2) fp32: sum of the negative log-likelihoods in nats, and number of targets.

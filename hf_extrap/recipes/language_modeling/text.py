@@ -1,4 +1,4 @@
-"""Plain text: the built-in corpus, word-level vocabularies, and token streams kept on disk."""
+"""Plain text: the built-in corpus, word-level vocabularies, and token streams cached on disk."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
@@ -17,20 +17,26 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import tqdm
 
-from hf_extrap.recipes.task import SPLITS, cached_folder, content_fingerprint
+from hf_extrap.recipes.data import SPLITS, cached_folder, content_fingerprint
+from hf_extrap.training.extras import extra
+
+if TYPE_CHECKING:
+    import datasets
 
 UNKNOWN, END = "<unk>", "<eos>"
-#: A word of the built-in text must occur this often in its training split; WikiText-2 has the same rule.
+#: Words of the built-in text that are rarer in its training split become `<unk>`, as in WikiText-2.
 MIN_COUNT = 3
 
 
 def builtin_text() -> datasets.DatasetDict:
-    """Return English text that comes with Python: the language reference in `pydoc_data.topics`.
+    """Return English text from Python's standard library: the language reference in `pydoc_data.topics`.
 
-    One row is one paragraph: lower-cased words and punctuation marks between spaces, rare words as `<unk>`. A topic
-    lies in one split only, chosen by a hash of its name (8/10 train, 1/10 each of the others), and a paragraph that
-    several topics repeat is kept once.
+    A row is a paragraph: lower-case words and punctuation marks separated by spaces, rare words as `<unk>`. A topic is
+    in one split only, by a hash of its name (8/10 train, 1/10 each of the others); repeated paragraphs are dropped.
     """
+    with extra("recipes"):
+        import datasets
+
     rows: dict[str, list[list[str]]] = {name: [] for name in SPLITS}
     seen = set()
     for topic in sorted(topics):
@@ -54,26 +60,26 @@ def builtin_text() -> datasets.DatasetDict:
 def word_level_tokenizer(
     splits: Mapping[str, Iterable[dict[str, str]]], vocab_size: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """Build the tokenizer whose vocabulary is every word between spaces, in all splits, `<unk>` and `<eos>`.
+    """Build a tokenizer of all words of all splits, `<unk>` and `<eos>`.
 
-    It pads on the left, for generation, with `<eos>`: the attention mask tells padding apart.
+    It pads on the left, for generation, with `<eos>`; the attention mask marks padding.
 
     Args:
-        splits: Rows with a column `text`; all splits count, as in the published vocabulary of WikiText-2 (33,278).
-        vocab_size: Keep only so many types, those most frequent in `train`; the others become `<unk>`.
+        splits: rows with a column `text`; all splits count, as in the published vocabulary of WikiText-2 (33,278).
+        vocab_size: limit of the vocabulary: the words most frequent in `train`; others become `<unk>`.
 
     Raises:
-        ValueError: If `vocab_size` leaves no room for a word beside `<unk>` and `<eos>`.
+        ValueError: if `vocab_size` is less than 3.
     """
     if vocab_size is not None and vocab_size < 3:
-        raise ValueError(f"`vocab_size` is {vocab_size}: it must be at least 3, for {UNKNOWN}, {END} and one word.")
+        raise ValueError(f"`vocab_size` is {vocab_size}; allowed: at least 3 ({UNKNOWN}, {END} and one word).")
     counts = {name: Counter(word for row in rows for word in row["text"].split()) for name, rows in splits.items()}
     total = sum(counts.values(), Counter())
     ranked = sorted(total.keys() - {UNKNOWN, END}, key=lambda word: (-counts["train"][word], -total[word], word))
     types = [UNKNOWN, END, *ranked][:vocab_size]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(types)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    # Each word brings the space before it, so that texts decoded in pieces can be joined.
+    # Every word is decoded with a space before it, so that texts decoded in pieces can be joined.
     tokenizer.decoder = decoders.Replace(Regex("^"), " ")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -92,24 +98,24 @@ def token_streams(
     tokenizer: PreTrainedTokenizerBase | None = None,
     vocab_size: int | None = None,
 ) -> tuple[PreTrainedTokenizerBase, dict[str, np.ndarray]]:
-    """Encode every split as one stream of token ids, or find it encoded.
+    """Encode every split as one stream of token ids, cached under a fingerprint of the rows and the settings.
 
-    Each row ends in the end-of-text token; one more stands before the first row, so that every token is a target.
+    Each row ends with the end-of-text token; another one precedes the first row, so that every token is a target.
 
     Args:
-        splits: Rows with a column `text`.
-        cache_root: Where the ids and the tokenizer are kept, under a fingerprint of the rows and the settings.
-        tokenizer: Encodes the rows; by default a word-level one is built.
-        vocab_size: Cap for the word-level vocabulary.
+        splits: rows with a column `text`.
+        cache_root: folder of the cache.
+        tokenizer: default: a word-level tokenizer of the splits.
+        vocab_size: limit of the word-level vocabulary.
 
     Returns:
         The tokenizer, and for each split its ids, (tokens + 1,) int32, mapped from disk.
 
     Raises:
-        ValueError: If the given tokenizer has no end-of-text token, or a split is empty.
+        ValueError: if the given tokenizer has no end-of-text token.
     """
     if tokenizer is not None and tokenizer.eos_token_id is None:
-        raise ValueError("the model's tokenizer has no `eos_token`: rows could not be told apart, so give it one.")
+        raise ValueError("the model's tokenizer has no `eos_token`, which ends every row: set one.")
     encoder = None if tokenizer is None else sorted(tokenizer.get_vocab().items())
     key = f"text-{content_fingerprint(splits, vocab_size, encoder)}"
 

@@ -1,8 +1,7 @@
 """The output layer of a language model with a large vocabulary, fused with its cross entropy.
 
-The matrix of logits (tokens x vocabulary) is never held whole: it is made, used and overwritten chunk by chunk, and
-the gradients are taken while a chunk is still in the cache. This is the idea of Wijmans et al., "Cut Your Losses in
-Large-Vocabulary Language Models" (2024), in plain PyTorch.
+The logits (tokens × vocabulary) are computed chunk by chunk into one buffer, and the gradients while a chunk is in the
+cache, as in Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 IGNORED = -100
-#: Logits held at once: on a CPU they should stay in the last-level cache, on a GPU they should fill it with work.
+#: Logits of a chunk: few enough for the last-level cache of a CPU, and enough to occupy a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 class VocabularyHead(nn.Linear):
-    """Linear layer to the vocabulary that returns logits or, given targets, losses."""
+    """Linear layer that returns logits or, given targets, losses."""
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
         """Compute logits, or the cross entropy of the targets.
 
         Args:
             hidden: (..., hidden_size).
-            targets: (...) int64, the id that each position must predict; -100 is not counted.
+            targets: (...) int64, the id that each position must predict; -100 is ignored.
 
         Returns:
-            Without targets the logits (..., vocab_size). With targets a pair: the mean loss over the counted targets
-            (scalar, fp32; 0 if there is none) and the loss of each (...), fp32, detached, 0 where not counted.
+            Without targets the logits (..., vocab_size). With targets a pair: the mean loss (scalar, fp32; 0 if all
+            targets are ignored) and the loss of each target (...), fp32, detached, 0 where ignored.
         """
         if targets is None:
             return super().forward(hidden)
@@ -47,7 +46,7 @@ class VocabularyHead(nn.Linear):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of linear(hidden, weight, bias); the gradients are computed in the forward pass.
 
-    Where the gradients are themselves to be differentiated (`create_graph`), they are computed again in the plain way.
+    With `create_graph` they are computed again, by differentiable operations.
     """
 
     @staticmethod
@@ -61,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(count, dtype=torch.float32, device=hidden.device)
         w = weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        # An ignored row takes part in the products as zeros.
+        # Zeros in place of ignored rows.
         masked = hidden * counted.unsqueeze(1)
         ones = counted.to(dtype)
 
@@ -87,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 losses[rows] = torch.logsumexp(logits.float(), 1) - chosen
                 continue
             p = torch.softmax(logits, 1, out=probabilities[: len(h)])
-            # log sum exp = largest logit - log(its probability): one cheap pass, no exponential, in fp32.
+            # log-sum-exp = largest logit - log(its probability), without another exponential.
             losses[rows] = logits.amax(1).float() - p.amax(1).float().log() - chosen
             p[torch.arange(len(h), device=p.device), label.squeeze(1)] -= 1
             if grad_hidden is not None:
@@ -109,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError("the fused loss keeps its gradients for one backward pass: run the forward pass again.")
+            raise RuntimeError("the fused loss keeps its gradients for one backward pass; run the forward pass again.")
         grad_hidden, grad_weight, grad_bias, total, hidden, weight, bias, targets = ctx.saved_tensors
         scale = grad_loss / total
         if torch.is_grad_enabled():
@@ -127,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _differentiable_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of scale times the sum of the losses, made of operations that autograd can differentiate again."""
+    """Gradients of scale times the sum of the losses, by operations that autograd can differentiate."""
     counted = targets != IGNORED
     w = weight.to(hidden.dtype)
     logits = F.linear(hidden, w, None if bias is None else bias.to(hidden.dtype))

@@ -1,29 +1,27 @@
-"""BLEU as an `evaluate` metric that needs no network, and the metrics of a translation model."""
+"""BLEU and chrF of a translation model, computed by sacreBLEU without network access."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-_DESCRIPTION = """
-Corpus BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of detokenised, cased text, computed by sacreBLEU
-(Post, 2018) with its default settings; the signature names them.
-"""
-_INPUTS = "predictions: list of str, one a sentence; references: list of str, one a prediction."
-_CITATION = "Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018, https://aclanthology.org/W18-6319."
+from hf_extrap.training.extras import extra
+
+with extra("recipes"):
+    import datasets
+    import evaluate
+    from sacrebleu.metrics import BLEU, CHRF
 
 
 class Bleu(evaluate.Metric):
-    """sacreBLEU behind the interface of `evaluate`, without the script that `evaluate.load` fetches.
+    """sacreBLEU as an `evaluate` metric; `evaluate.load("sacrebleu")` would download a script.
 
-    `compute(predictions=[...], references=[...])` takes one reference a prediction and returns `score` (0 to 100),
-    `counts` and `totals` (matching and all n-grams for n = 1 to 4), `precisions`, `brevity_penalty`,
+    Corpus BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of detokenized, cased text, with sacreBLEU's defaults
+    (Post, 2018). `compute(predictions=[...], references=[...])` takes one reference per prediction and returns `score`
+    (0 to 100), `counts` and `totals` (matching and all n-grams for n = 1 to 4), `precisions`, `brevity_penalty`,
     `system_length`, `reference_length`, `signature`, `chrf` (0 to 100) and `chrf_signature`.
     """
 
@@ -31,13 +29,12 @@ class Bleu(evaluate.Metric):
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
+            description=str(self.__doc__),
+            citation="Matt Post. A Call for Clarity in Reporting BLEU Scores. WMT 2018, https://aclanthology.org/W18-6319.",
+            inputs_description="predictions: list of str; references: list of str, one per prediction.",
+            features=datasets.Features({"predictions": text, "references": text}),
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -59,19 +56,18 @@ class Bleu(evaluate.Metric):
 
 
 def bleu_signature() -> str:
-    """Return sacreBLEU's signature of the scores that `Bleu` computes with one reference a sentence."""
+    """Return sacreBLEU's signature of the scores of `Bleu`."""
     return Bleu().compute(predictions=["a"], references=["a"])["signature"]
 
 
 class TranslationMetrics:
     """`compute_metrics` of a `Seq2SeqTrainer` with `predict_with_generate`: BLEU and chrF of the decoded text.
 
-    Rows without labels are fillers (see `FullBatches`) and do not count.
+    Rows without labels are fillers (see `FullBatches`) and are left out.
 
     Args:
-        tokenizer: Decodes predictions and labels.
-        references: Texts to use in place of decoded labels, by their label ids: those that decoding does not give
-            back exactly.
+        tokenizer: decodes predictions and labels.
+        references: reference texts by their label ids; other labels are decoded.
     """
 
     def __init__(
@@ -96,14 +92,13 @@ class TranslationMetrics:
         }
 
     def texts(self, predictions: np.ndarray, label_ids: np.ndarray) -> tuple[list[str], list[str]]:
-        """Decode predictions and references, leaving out fillers; both lists are aligned."""
+        """Decode predictions and references, two aligned lists without fillers."""
         pad = self.tokenizer.pad_token_id
         rows = np.where(predictions < 0, pad, predictions)
-        labels = [[int(token) for token in row if token not in (-100, pad)] for row in label_ids]
+        labels = [tuple(int(token) for token in row if token not in (-100, pad)) for row in label_ids]
         kept = [index for index, tokens in enumerate(labels) if tokens]
+        labels = [labels[index] for index in kept]
         decoded = self.tokenizer.batch_decode(rows[kept], skip_special_tokens=True)
-        references = self.tokenizer.batch_decode([labels[index] for index in kept], skip_special_tokens=True)
-        references = [
-            self.references.get(tuple(labels[index]), text) for index, text in zip(kept, references, strict=True)
-        ]
+        references = self.tokenizer.batch_decode([list(tokens) for tokens in labels], skip_special_tokens=True)
+        references = [self.references.get(*pair) for pair in zip(labels, references, strict=True)]
         return [text.strip() for text in decoded], [text.strip() for text in references]

@@ -15,21 +15,23 @@ SMALLEST_VOCABULARY = 256 + 4
 def train_bpe(texts: Iterable[str], vocab_size: int, *, model_max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on the texts of both languages.
 
-    Every text comes back exactly from its ids, umlauts and unseen characters included. Encoding ends with `</s>`;
-    `<s>` only starts the decoder. A word has the same ids at the start of a sentence and within it.
+    Decoding restores every text exactly, including unseen characters. Encoding appends `</s>`; `<s>` only starts the
+    decoder. A word has the same ids at the start of a sentence and within it.
 
     Args:
-        texts: Sentences of both languages.
-        vocab_size: Number of tokens wanted; a small corpus may give fewer.
-        model_max_length: Where `truncation=True` cuts, in tokens.
+        texts: sentences of both languages.
+        vocab_size: number of tokens; a small corpus may give fewer.
+        model_max_length: limit of `truncation=True`, in tokens.
 
     Raises:
-        ValueError: If `vocab_size` cannot hold the bytes and the special tokens.
+        ValueError: if `vocab_size` is too small for the bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"`vocab_size` is {vocab_size}: byte-level BPE needs at least {SMALLEST_VOCABULARY}.")
+        raise ValueError(
+            f"`vocab_size` is {vocab_size}; allowed: at least {SMALLEST_VOCABULARY} (bytes, special tokens)."
+        )
     tokenizer = Tokenizer(models.BPE())
-    # A space before the first word makes it the same token as elsewhere; the decoder takes exactly one away again.
+    # A space before the first word gives it the same token as elsewhere; the decoder removes exactly one space.
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])

@@ -1,13 +1,11 @@
-"""Translation: sentence pairs in; a Transformer, token-counted batches and BLEU out."""
+"""Translation: sentence pairs, a Transformer, batches counted in tokens, and BLEU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import datasets
 import tokenizers
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -21,70 +19,68 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_extrap.recipes.task import DataArguments, PreparedTask, cached_folder, content_fingerprint, parameter_count
-from hf_extrap.recipes.translation.bleu import TranslationMetrics, bleu_signature
+from hf_extrap.recipes.data import DataArguments, cached_folder, content_fingerprint
+from hf_extrap.recipes.task import PreparedTask, parameter_count
 from hf_extrap.recipes.translation.sentence_pairs import sentence_pairs
 from hf_extrap.recipes.translation.subwords import train_bpe
 from hf_extrap.recipes.translation.token_batches import FullBatches, TokenBatches, UnwrappingCollator
+from hf_extrap.training.extras import extra
 
-#: Raised whenever prepared data of an earlier version must not be used again.
-_CACHE_VERSION = 1
-#: Longest reference that a model made here can score, in tokens: references are never cut.
-_LONGEST_REFERENCE = 1024
+if TYPE_CHECKING:
+    import datasets
+
+#: Increase it when the format of prepared data changes.
+CACHE_VERSION = 1
+#: Positions of a new model, in tokens: references are never truncated.
+LONGEST_REFERENCE = 1024
 
 
 @dataclass
 class TranslationArguments(DataArguments):
-    """Fields of the translation task: languages, batches, generation, and the model if it is made here.
+    """Fields of the task `translation`: languages, batches, generation, and a new model.
 
     Raises:
-        ValueError: If a field has a value that is not allowed.
+        ValueError: if a value is not allowed.
     """
 
     source_lang: str = field(default="en", metadata={"help": "Key of the source sentences in the data."})
     target_lang: str = field(default="de", metadata={"help": "Key of the target sentences in the data."})
     vocab_size: int = field(default=8000, metadata={"help": "Tokens of the joint byte-level BPE."})
     max_length: int = field(
-        default=128, metadata={"help": "Longer sources and training targets are cut to so many tokens, and counted."}
+        default=128, metadata={"help": "Limit in tokens of sources and training targets; longer ones are truncated."}
     )
     batch_tokens: int = field(
-        default=4096, metadata={"help": "Largest training batch of one worker, in tokens of a side, with padding."}
+        default=4096, metadata={"help": "Limit of a worker's training batch, in tokens of one side with padding."}
     )
     num_beams: int = field(default=5, metadata={"help": "Beams of the final evaluation on the test split."})
     length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length in beam search."})
-    d_model: int = field(default=512, metadata={"help": "Width of the model made here."})
-    encoder_layers: int = field(default=6, metadata={"help": "Encoder layers of the model made here."})
-    decoder_layers: int = field(default=6, metadata={"help": "Decoder layers of the model made here."})
-    attention_heads: int = field(default=8, metadata={"help": "Attention heads of the model made here."})
+    d_model: int = field(default=512, metadata={"help": "Width of a new model."})
+    encoder_layers: int = field(default=6, metadata={"help": "Encoder layers of a new model."})
+    decoder_layers: int = field(default=6, metadata={"help": "Decoder layers of a new model."})
+    attention_heads: int = field(default=8, metadata={"help": "Attention heads of a new model."})
     ffn_dim: int = field(default=2048, metadata={"help": "Inner width of the feed-forward layers."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of the model made here."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of a new model."})
     attention_dropout: float = field(default=0.0, metadata={"help": "Dropout of the attention weights."})
     activation_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the feed-forward layers."})
     attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention kernel of the model, such as eager or sdpa; default: its own choice."},
+        default=None, metadata={"help": "Attention kernel, such as eager or sdpa; default: the model's choice."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source_lang == self.target_lang:
-            raise ValueError(f"`source_lang` and `target_lang` are both {self.source_lang!r}: give two languages.")
-        if self.max_length < 2:
-            raise ValueError(f"`max_length` is {self.max_length}: it must be at least 2, one token and the end.")
-        if self.batch_tokens < self.max_length:
-            raise ValueError(
-                f"`batch_tokens` is {self.batch_tokens}: it must be at least `max_length`, {self.max_length}."
-            )
-        for name in ("num_beams", "encoder_layers", "decoder_layers", "attention_heads", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
+            raise ValueError(f"`source_lang` and `target_lang` are both {self.source_lang!r}; allowed: two languages.")
+        at_least = dict.fromkeys(("num_beams", "encoder_layers", "decoder_layers", "attention_heads", "ffn_dim"), 1)
+        for name, least in {**at_least, "max_length": 2, "batch_tokens": self.max_length}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: at least {least}.")
         if self.d_model < 1 or self.d_model % self.attention_heads:
             raise ValueError(
-                f"`d_model` is {self.d_model}: it must be a multiple of `attention_heads`, {self.attention_heads}."
+                f"`d_model` is {self.d_model}; allowed: multiples of `attention_heads`, {self.attention_heads}."
             )
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be in [0, 1).")
+                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: [0, 1).")
 
 
 class TranslationTask:
@@ -95,10 +91,10 @@ class TranslationTask:
     seq2seq: ClassVar[bool] = True
 
     def training_defaults(self) -> dict[str, Any]:
-        """Return what the training arguments need for batches counted in tokens and for BLEU.
+        """Return defaults for batches counted in tokens and for BLEU.
 
-        With `predict_with_generate: false` nothing is generated, and the leading metric is the loss. Evaluations
-        during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
+        With `predict_with_generate: false` the leading metric is the loss. Evaluations during training decode greedily
+        (`generation_num_beams=1`); the final one uses `num_beams`.
         """
         return {
             "predict_with_generate": True,
@@ -114,35 +110,40 @@ class TranslationTask:
         """Load and encode the pairs (main process first), and build model, collator and metrics.
 
         Raises:
-            FileNotFoundError: If data or model is missing.
-            ValueError: If the data cannot be used, or the training arguments would break up the batches.
+            FileNotFoundError: if data or model is missing.
+            ValueError: if the data cannot be used, or the batch size is not 1.
         """
+        generates = getattr(training_arguments, "predict_with_generate", False)
+        if generates:
+            from hf_extrap.recipes.translation.bleu import TranslationMetrics, bleu_signature
         if training_arguments.train_batch_size != 1:
             raise ValueError(
-                f"per_device_train_batch_size times devices per process is {training_arguments.train_batch_size}: it "
-                "must be 1, as one item is a whole batch; set `batch_tokens` for its size."
+                f"per_device_train_batch_size times devices per process is {training_arguments.train_batch_size}; "
+                "allowed: 1, as one item is a whole batch of `batch_tokens`."
             )
         with training_arguments.main_process_first(desc="translation data"):
             splits = sentence_pairs(arguments, arguments.source_lang, arguments.target_lang)
             tokenizer, encoded, counts = encode(splits, arguments)
         model = build_model(arguments, tokenizer)
-        # At once: a dataset gives its rows one by one far more slowly.
+        # A whole split is much faster to read than its rows.
         examples = {name: split.to_list() for name, split in encoded.items()}
         longest = max(len(row["labels"]) for name in ("validation", "test") for row in examples[name])
         positions = getattr(model.config, "max_position_embeddings", longest)
         if longest > positions:
-            raise ValueError(f"a reference has {longest} tokens, but the model takes at most {positions}.")
+            raise ValueError(
+                f"a reference has {longest} tokens; allowed: at most {positions}, the positions of the model."
+            )
 
         train = TokenBatches(examples["train"], arguments.batch_tokens, training_arguments.seed)
         evaluation, test = (
             FullBatches(examples[name], training_arguments.eval_batch_size, training_arguments.world_size)
             for name in ("validation", "test")
         )
-        references = {}
-        for name in ("validation", "test"):
-            labels = [row["labels"] for row in examples[name]]
-            references.update(inexact_references(splits[name]["target"][:], labels, tokenizer))
-        generates = getattr(training_arguments, "predict_with_generate", False)
+        references = {
+            tuple(row["labels"]): text
+            for name in ("validation", "test")
+            for row, text in zip(examples[name], splits[name]["target"][:], strict=True)
+        }
         if not generates and training_arguments.metric_for_best_model == "bleu":
             training_arguments.metric_for_best_model, training_arguments.greater_is_better = "loss", False
         return PreparedTask(
@@ -170,7 +171,7 @@ class TranslationTask:
                 "target_tokens_per_batch": train.tokens_per_batch,
                 "padding_share": train.padding_share,
                 "num_beams": arguments.num_beams,
-                "sacrebleu_signature": bleu_signature(),
+                **({"sacrebleu_signature": bleu_signature()} if generates else {}),
             },
         )
 
@@ -178,35 +179,29 @@ class TranslationTask:
 def encode(
     splits: datasets.DatasetDict, arguments: TranslationArguments
 ) -> tuple[PreTrainedTokenizerBase, datasets.DatasetDict, dict[str, int]]:
-    """Return tokenizer, encoded splits (`input_ids`, `attention_mask`, `labels`), and how many texts were cut.
+    """Return tokenizer, encoded splits (`input_ids`, `attention_mask`, `labels`), and numbers of truncated texts.
 
-    Both are kept in `data_cache_dir` under a hash of the sentences and of every setting that bears on them. Sources
-    and training targets longer than `max_length` are cut; references are not.
+    Tokenizer and splits are cached under a hash of the sentences and of the settings. Sources and training targets
+    longer than `max_length` are truncated; references are not.
     """
+    with extra("recipes"):
+        import datasets
+
     given = None if arguments.model is None else _load_tokenizer(arguments.model)
     backend = given.backend_tokenizer.to_str() if isinstance(given, PreTrainedTokenizerFast) else arguments.model
     key = content_fingerprint(
-        splits, _CACHE_VERSION, tokenizers.__version__, arguments.vocab_size, arguments.max_length, backend
+        splits, CACHE_VERSION, tokenizers.__version__, arguments.vocab_size, arguments.max_length, backend
     )
 
     def build(folder: Path) -> None:
-        tokenizer = given
+        tokenizer, rows = given, datasets.DatasetDict()
         if tokenizer is None:
             texts = (text for column in ("source", "target") for text in splits["train"][column])
             tokenizer = train_bpe(texts, arguments.vocab_size, model_max_length=arguments.max_length)
             tokenizer.save_pretrained(folder / "tokenizer")
-        rows = datasets.DatasetDict(
-            {
-                name: split.map(
-                    _encoder(tokenizer, arguments.max_length, cut_targets=name == "train"),
-                    batched=True,
-                    remove_columns=split.column_names,
-                    keep_in_memory=True,
-                    desc=f"Encoding {name}",
-                )
-                for name, split in splits.items()
-            }
-        )
+        for name, split in splits.items():
+            limits = (arguments.max_length, arguments.max_length if name == "train" else None)
+            rows[name] = datasets.Dataset.from_dict(_encode(tokenizer, split, *limits))
         rows.save_to_disk(folder / "splits")
 
     folder = cached_folder(arguments.cache_root / "translation", key, build)
@@ -216,46 +211,34 @@ def encode(
     return tokenizer, encoded.remove_columns("cut"), counts
 
 
-def _encoder(
-    tokenizer: PreTrainedTokenizerBase, max_length: int, *, cut_targets: bool
-) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:
-    def cut(ids: list[int]) -> list[int]:
-        return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset, longest_source: int, longest_target: int | None
+) -> dict[str, list[Any]]:
+    def truncated(rows: list[list[int]], limit: int | None) -> list[list[int]]:
+        return [ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
 
-    def encode_batch(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        sources = tokenizer(batch["source"], verbose=False)["input_ids"]
-        targets = tokenizer(text_target=batch["target"], verbose=False)["input_ids"]
-        return {
-            "input_ids": [cut(ids) for ids in sources],
-            "attention_mask": [[1] * min(len(ids), max_length) for ids in sources],
-            "labels": [cut(ids) if cut_targets else ids for ids in targets],
-            "cut": [
-                int(len(source) > max_length) + int(cut_targets and len(target) > max_length)
-                for source, target in zip(sources, targets, strict=True)
-            ],
-        }
-
-    return encode_batch
-
-
-def inexact_references(
-    texts: list[str], labels: list[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> dict[tuple[int, ...], str]:
-    """Return the references that decoding their labels does not give back exactly, by their labels."""
-    decoded = tokenizer.batch_decode(list(labels), skip_special_tokens=True)
-    return {tuple(ids): text for text, ids, again in zip(texts, labels, decoded, strict=True) if text != again.strip()}
+    sources = tokenizer(split["source"][:], verbose=False)["input_ids"]
+    targets = tokenizer(text_target=split["target"][:], verbose=False)["input_ids"]
+    input_ids, labels = truncated(sources, longest_source), truncated(targets, longest_target)
+    pairs = zip(zip(sources, input_ids, strict=True), zip(targets, labels, strict=True), strict=True)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": [[1] * len(ids) for ids in input_ids],
+        "labels": labels,
+        "cut": [sum(len(whole) > len(kept) for whole, kept in pair) for pair in pairs],
+    }
 
 
 def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the model that the arguments name, or a Marian Transformer (Vaswani et al., 2017) made from them.
+    """Load the model that the arguments name, or build a Marian Transformer (Vaswani et al., 2017).
 
-    The latter has sinusoidal positions and one embedding for encoder, decoder and output. Its weights start at a
-    deviation of 0.02, whatever the width: on Multi30k (d 128, 400 steps of 960 tokens) the training loss came to 5.0
-    with it, and to 5.6 with `d_model ** -0.5`.
+    A new model has sinusoidal positions and one embedding for encoder, decoder and output. Its weights are initialized
+    with a standard deviation of 0.02 at any width: on Multi30k (d_model 128, 400 steps of 960 tokens) the training loss
+    reached 5.0, compared with 5.6 for `d_model ** -0.5`.
 
     Raises:
-        FileNotFoundError: If `model` is neither a folder with a model nor found on the Hub.
-        ValueError: If `model` is not one for translation.
+        FileNotFoundError: if `model` is neither a folder with a model nor found on the Hub.
+        ValueError: if `model` is not a sequence-to-sequence model.
     """
     if arguments.model is not None:
         try:
@@ -279,7 +262,7 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
                 activation_function="relu",
                 scale_embedding=True,
                 init_std=0.02,
-                max_position_embeddings=max(_LONGEST_REFERENCE, arguments.max_length),
+                max_position_embeddings=max(LONGEST_REFERENCE, arguments.max_length),
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -289,7 +272,7 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
         )
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
-    # The forward pass takes **kwargs but ignores num_items_in_batch: the Trainer must divide by the accumulation.
+    # The loss ignores num_items_in_batch: the Trainer must divide by the number of accumulated batches.
     model.accepts_loss_kwargs = False
     model.generation_config.update(
         max_length=arguments.max_length, num_beams=arguments.num_beams, length_penalty=arguments.length_penalty
@@ -304,6 +287,6 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
     if getattr(tokenizer, "src_lang", None) is not None:
         raise ValueError(
-            f"model {name!r} needs language codes, which this task does not set: use one for a single language pair."
+            f"model {name!r} needs language codes, which this task does not set; allowed: a model of one language pair."
         )
     return tokenizer

@@ -13,43 +13,43 @@ Example = dict[str, list[int]]
 
 
 class ReadyBatch(list[Example]):
-    """Examples that always come together, and so need to be collated once.
+    """Examples that are always collated together.
 
     Attributes:
-        collated: the collator that met them last, and what it made of them.
+        collated: the last collator and its result, reused by that collator.
     """
 
     collated: tuple[object, dict[str, Any]] | None = None
 
 
 class TokenBatches(Dataset):
-    """A map-style dataset whose items are ready batches of examples of similar length.
+    """A map-style dataset whose items are whole batches of examples of similar length.
 
-    Which examples share a batch is fixed once, by a seeded shuffle followed by a stable sort by length (as in
-    fairseq). Only the order of the batches changes from epoch to epoch, by the trainer's own sampler, so sharding
-    over processes and resuming in the middle of an epoch work as with any other dataset. Use it with
-    `per_device_train_batch_size=1` and an `UnwrappingCollator`, which keeps the tensors of every batch it has met.
+    The batches are fixed: a seeded shuffle followed by a stable sort by length (as in fairseq) groups the examples
+    once. From epoch to epoch the Trainer's sampler changes only the order of the batches, so sharding over processes
+    and resuming in the middle of an epoch work as with any other dataset. Use it with
+    `per_device_train_batch_size=1` and an `UnwrappingCollator`, which caches the tensors of every batch.
 
     Args:
-        examples: Rows with `input_ids` and `labels`; read once and kept in memory.
-        batch_tokens: Upper limit of a batch's size in tokens, padding included, on the source and on the target side:
-            number of examples x longest source, and x longest target.
-        seed: Seed of the shuffle.
+        examples: rows with `input_ids` and `labels`; read once and kept in memory.
+        batch_tokens: limit of a batch in tokens with padding, on the source and on the target side: number of
+            examples × longest source, and × longest target.
+        seed: of the shuffle.
 
     Raises:
-        ValueError: If there is no example, or one that is longer than `batch_tokens`.
+        ValueError: if there is no example, or one longer than `batch_tokens`.
     """
 
     def __init__(self, examples: Sequence[Mapping[str, Any]], batch_tokens: int, seed: int = 0) -> None:
         self.examples: list[Example] = [dict(example) for example in examples]
         if not self.examples:
-            raise ValueError("there is no training example to make batches of.")
+            raise ValueError("the training split has no examples; allowed: at least one.")
         sources, targets = lengths(self.examples)
         longest = int(max(sources.max(), targets.max()))
         if longest > batch_tokens:
             raise ValueError(
                 f"`batch_tokens` is {batch_tokens}, less than the {longest} tokens of the longest example: "
-                "raise it or lower `max_length`."
+                "increase it or decrease `max_length`."
             )
         self.batch_tokens = batch_tokens
         self.batches = _group(sources, targets, batch_tokens, seed)
@@ -64,19 +64,19 @@ class TokenBatches(Dataset):
 
     @property
     def tokens_per_batch(self) -> float:
-        """Mean number of target tokens in a batch, padding not counted."""
+        """Mean number of target tokens in a batch, without padding."""
         return self.target_tokens / len(self)
 
     @property
     def padding_share(self) -> float:
-        """Share of the target positions of an epoch that is padding, from 0 to 1."""
+        """Share of padding among the target positions of an epoch, from 0 to 1."""
         _, targets = lengths(self.examples)
         positions = sum(len(batch) * int(targets[batch].max()) for batch in self.batches)
         return 1.0 - self.target_tokens / positions
 
 
 def lengths(examples: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of source and of target tokens of each example, both of shape (examples,)."""
+    """Numbers of source and of target tokens of each example, both of shape (examples,)."""
     sources = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
     return sources, np.array([len(example["labels"]) for example in examples], dtype=np.int64)
 
@@ -96,20 +96,20 @@ def _group(sources: np.ndarray, targets: np.ndarray, batch_tokens: int, seed: in
 
 
 class FullBatches(Dataset):
-    """Evaluation examples in the order of their length, such that every batch of every process is full.
+    """Evaluation examples sorted by length and filled up such that every batch of every process is full.
 
     `Seq2SeqTrainer` gathers predictions with `gather`, which needs equally many rows from each process and keeps the
-    rows that a sampler repeats to fill the last batches. Here the gaps are filled beforehand, and recognisably: a
-    filler has the source of the example before it and no labels, and `TranslationMetrics` leaves out rows without
-    labels. So each example is counted exactly once with any number of processes.
+    rows that a sampler repeats to fill the last batches. Fillers replace those rows: a filler has the source of the
+    example before it and no labels, and `TranslationMetrics` leaves out rows without labels. So each example counts
+    exactly once with any number of processes.
 
     Args:
-        examples: Rows with `input_ids`, `attention_mask` and `labels`; labels must not be empty.
-        batch_size: Examples in a batch of one process.
-        world_size: Number of processes.
+        examples: rows with `input_ids`, `attention_mask` and `labels`; labels must not be empty.
+        batch_size: examples in a batch of one process.
+        world_size: number of processes.
 
     Raises:
-        ValueError: If there are too few examples for each batch to have one: the loss of a batch without is undefined.
+        ValueError: if there are fewer examples than batches: the loss of a batch of fillers is undefined.
     """
 
     def __init__(self, examples: Sequence[Mapping[str, Any]], batch_size: int, world_size: int) -> None:
@@ -137,13 +137,12 @@ class FullBatches(Dataset):
 
 
 class UnwrappingCollator:
-    """Collates items that are examples, or ready batches of examples, with another collator.
+    """Collates examples, or ready batches of examples, with another collator.
 
-    A ready batch that comes alone is collated when it is met first; from the second epoch on it costs next to nothing.
-    Nobody may write to the tensors.
+    The tensors of a ready batch that comes alone are cached for the next epochs. They must not be modified in place.
 
     Args:
-        collator: Takes a list of examples and returns a batch of tensors.
+        collator: maps a list of examples to a batch of tensors.
     """
 
     def __init__(self, collator: Callable[[list[Example]], Any]) -> None:
@@ -153,9 +152,6 @@ class UnwrappingCollator:
         if len(items) == 1 and isinstance(batch := items[0], ReadyBatch):
             if batch.collated is None or batch.collated[0] is not self:
                 batch.collated = self, self.collator(batch)
-            # The Trainer takes entries out of a batch.
+            # A copy: the Trainer removes entries from a batch.
             return dict(batch.collated[1])
-        examples: list[Example] = []
-        for item in items:
-            examples.extend(item if isinstance(item, list) else [item])
-        return self.collator(examples)
+        return self.collator([example for item in items for example in (item if isinstance(item, list) else [item])])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
+from ..extras import extra
 from .mean_loss import CurvatureError
 
 
@@ -55,6 +55,9 @@ def largest_eigenpair(
     Raises:
         CurvatureError: if the tolerance is not reached, or the matrix has fewer than two rows.
     """
+    with extra("sharpness"):
+        from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
     n = like.numel()
     if n < 2:
         raise CurvatureError(f"the matrix has {n} rows; allowed: at least 2.")

@@ -1,4 +1,4 @@
-"""The ResNet for small pictures: its size, its pictures, saving, and the pipeline."""
+"""The ResNet for small images: size, normalization, saving, pipeline."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def resnet(**fields: Any) -> ExtrapResNetForImageClassification:
     return ExtrapResNetForImageClassification(ExtrapResNetConfig(**sizes)).eval()
 
 
-def pictures(count: int = 4, size: int = 32) -> torch.Tensor:
+def random_images(count: int = 4, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -37,8 +37,8 @@ def test_resnet_20_has_the_published_number_of_parameters_and_layers() -> None:
     assert len(names) == 20
 
 
-def test_stages_halve_the_picture_twice() -> None:
-    shapes = [tuple(h.shape) for h in resnet()(pictures(), output_hidden_states=True).hidden_states]
+def test_stages_halve_the_image_twice() -> None:
+    shapes = [tuple(h.shape) for h in resnet()(random_images(), output_hidden_states=True).hidden_states]
     assert shapes == [(4, 4, 32, 32), (4, 4, 32, 32), (4, 8, 16, 16), (4, 16, 8, 8)]
 
 
@@ -47,15 +47,15 @@ def test_weights_start_as_he_et_al_have_them() -> None:
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.01)
 
 
-def test_bytes_are_normalised_and_floats_are_not() -> None:
-    model, images = resnet(), pictures()
-    torch.testing.assert_close(model(images).logits, model(normalised(images)).logits)
+def test_bytes_are_normalized_and_floats_are_not() -> None:
+    model, images = resnet(), random_images()
+    torch.testing.assert_close(model(images).logits, model(normalized(images)).logits)
     assert not torch.allclose(model(images).logits, model(images.float()).logits)
 
 
 def test_the_loss_is_the_mean_cross_entropy_and_reaches_every_parameter() -> None:
     model, labels = resnet(), torch.tensor([0, 3, 9, 1])
-    output = model(pictures(), labels=labels)
+    output = model(random_images(), labels=labels)
     expected = torch.nn.functional.cross_entropy(output.logits, labels)
     assert output.loss.item() == pytest.approx(expected.item())
     output.loss.backward()
@@ -63,16 +63,16 @@ def test_the_loss_is_the_mean_cross_entropy_and_reaches_every_parameter() -> Non
     assert model.accepts_loss_kwargs is False
 
 
-def test_a_saved_model_is_the_same_and_a_pipeline_takes_pictures(tmp_path: Path) -> None:
+def test_a_saved_model_is_the_same_and_a_pipeline_takes_images(tmp_path: Path) -> None:
     model = resnet()
     model.save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert isinstance(loaded, ExtrapResNetForImageClassification)
-    expected = model(pictures()).logits
-    assert torch.equal(loaded(pictures()).logits, expected)
+    expected = model(random_images()).logits
+    assert torch.equal(loaded(random_images()).logits, expected)
     classify = pipeline("image-classification", str(tmp_path))
-    found = classify(Image.fromarray(pictures()[0].permute(1, 2, 0).numpy()), top_k=1)[0]
+    found = classify(Image.fromarray(random_images()[0].permute(1, 2, 0).numpy()), top_k=1)[0]
     assert found["label"] == f"LABEL_{int(expected[0].argmax())}"
     assert found["score"] == pytest.approx(float(expected[0].softmax(-1).max()), rel=1e-4)
 
@@ -91,6 +91,6 @@ def test_a_wrong_shape_is_refused(fields: dict[str, Any], named: str) -> None:
         resnet(**fields)
 
 
-def test_wrong_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be"):
-        resnet()(pictures()[:, :1])
+def test_wrong_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        resnet()(random_images()[:, :1])

@@ -1,4 +1,4 @@
-"""The image classification task as a whole, and its parts: splits, decoding, augmentation, accuracy."""
+"""The image classification task: splits, decoding, augmentation, accuracy, errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import EvalPrediction, TrainingArguments
 
 from hf_extrap.recipes import get_task
 from hf_extrap.recipes.image_classification.augmentation import Augmentation, random_crop, random_flip
-from hf_extrap.recipes.image_classification.images import Pictures, builtin_digits, collate, stratified_cut
+from hf_extrap.recipes.image_classification.images import ImageDataset, builtin_digits, collate, stratified_cut
 from hf_extrap.recipes.image_classification.task import ImageClassificationArguments, accuracy, most_likely
 from hf_extrap.recipes.task import PreparedTask
 
@@ -31,8 +31,8 @@ def prepare(cache: Path, **fields: Any) -> PreparedTask:
     return get_task("image_classification").prepare(arguments, TrainingArguments(str(cache / "out"), use_cpu=True))
 
 
-def rows(pictures: np.ndarray, labels: list[int]) -> datasets.Dataset:
-    columns = {"img": [Image.fromarray(picture) for picture in pictures], "label": labels}
+def rows(images: np.ndarray, labels: list[int]) -> datasets.Dataset:
+    columns = {"img": [Image.fromarray(image) for image in images], "label": labels}
     names = [f"class {i}" for i in range(max(labels) + 1)]
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     return datasets.Dataset.from_dict(columns, features=features)
@@ -40,9 +40,9 @@ def rows(pictures: np.ndarray, labels: list[int]) -> datasets.Dataset:
 
 def write(folder: Path, count: int = 40, size: int = 6, **parts: datasets.Dataset) -> Path:
     folder.mkdir(exist_ok=True)
-    pictures = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     for name in ("train", "test"):
-        part = parts.get(name, rows(pictures, [i % 4 for i in range(count)]))
+        part = parts.get(name, rows(images, [i % 4 for i in range(count)]))
         part.to_parquet(folder / f"{name}.parquet")
     return folder
 
@@ -62,7 +62,7 @@ def test_digits_are_split_evenly_and_never_twice(cache: Path) -> None:
     assert prepared.facts["dataset"] == "scikit-learn digits"
 
 
-def test_pictures_are_those_of_the_files_and_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_those_of_the_files_and_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "data")
     expected = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
     prepared = prepare(tmp_path, data_dir=str(folder), validation_samples=8)
@@ -71,16 +71,14 @@ def test_pictures_are_those_of_the_files_and_are_decoded_once(tmp_path: Path, mo
     assert np.bincount(prepared.eval_dataset.labels).tolist() == [2, 2, 2, 2]
     both = np.concatenate([prepared.train_dataset.images, prepared.eval_dataset.images]).reshape(40, -1)
     assert len(np.unique(both, axis=0)) == 40
-    monkeypatch.setattr(
-        "hf_extrap.recipes.image_classification.images._decode", lambda *_: pytest.fail("decoded again")
-    )
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded again"))
     again = prepare(tmp_path, data_dir=str(folder), validation_samples=8)
     np.testing.assert_array_equal(again.train_dataset.images, prepared.train_dataset.images)
     with pytest.raises(pytest.fail.Exception):
         prepare(tmp_path, data_dir=str(folder), validation_samples=12)
 
 
-def test_the_model_normalises_the_training_pictures(cache: Path) -> None:
+def test_the_model_normalizes_the_training_images(cache: Path) -> None:
     prepared = prepare(cache)
     images = torch.from_numpy(np.array(prepared.train_dataset.images))
     seen = prepared.model.normalization(images)
@@ -91,7 +89,7 @@ def test_the_model_normalises_the_training_pictures(cache: Path) -> None:
 
 def test_a_batch_is_the_same_whole_or_collated() -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, 3, 5, 5), dtype=np.uint8)
-    part = Pictures(images, np.arange(9))
+    part = ImageDataset(images, np.arange(9))
     whole, collated = collate(part.__getitems__([7, 2, 2])), collate([part[7], part[2], part[2]])
     for name in ("pixel_values", "labels"):
         assert whole[name].dtype == collated[name].dtype and torch.equal(whole[name], collated[name])
@@ -99,20 +97,20 @@ def test_a_batch_is_the_same_whole_or_collated() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_a_crop_is_the_picture_moved_with_zeros_at_its_edges(dtype: torch.dtype) -> None:
+def test_a_crop_is_the_image_moved_with_zeros_at_its_edges(dtype: torch.dtype) -> None:
     images = torch.randint(1, 256, (400, 3, 6, 7)).to(dtype)
     moved = random_crop(images, 2, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape and moved.dtype == dtype
     found = set()
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    for picture, whole in zip(moved, padded, strict=True):
-        places = [(t, s) for t in range(5) for s in range(5) if torch.equal(picture, whole[:, t : t + 6, s : s + 7])]
+    for image, whole in zip(moved, padded, strict=True):
+        places = [(t, s) for t in range(5) for s in range(5) if torch.equal(image, whole[:, t : t + 6, s : s + 7])]
         assert len(places) == 1
         found.add(places[0])
     assert len(found) == 25
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+def test_half_of_the_images_are_flipped() -> None:
     images = torch.rand(1000, 1, 2, 3)
     flipped = random_flip(images, torch.Generator().manual_seed(0))
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
@@ -147,9 +145,9 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = write(tmp_path / "data")
     with pytest.raises(ValueError, match="99 rows cannot be cut off a training split of 40"):
         prepare(tmp_path, data_dir=str(folder), validation_samples=99)
-    with pytest.raises(ValueError, match="'picture'"):
-        prepare(tmp_path, data_dir=str(folder), image_column="picture", validation_samples=8)
-    with pytest.raises(ValueError, match="must hold pictures"):
+    with pytest.raises(ValueError, match="'image'"):
+        prepare(tmp_path, data_dir=str(folder), image_column="image", validation_samples=8)
+    with pytest.raises(ValueError, match="allowed: the feature Image"):
         prepare(tmp_path, data_dir=str(folder), image_column="label", validation_samples=8)
     larger = rows(np.zeros((8, 7, 7, 3), dtype=np.uint8), [0, 1, 2, 3] * 2)
     with pytest.raises(ValueError, match="differ in size"):
@@ -174,8 +172,8 @@ def test_other_models_are_refused(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_subset_of_sorted_rows_has_every_class(tmp_path: Path) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (200, 6, 6, 3), dtype=np.uint8)
-    ordered = rows(pictures, [i // 50 for i in range(200)])
+    images = np.random.default_rng(0).integers(0, 256, (200, 6, 6, 3), dtype=np.uint8)
+    ordered = rows(images, [i // 50 for i in range(200)])
     folder = write(tmp_path / "data", train=ordered, test=ordered)
     counts = {"max_train_samples": 60, "max_eval_samples": 30, "validation_samples": 40}
     prepared = prepare(tmp_path, data_dir=str(folder), **counts)

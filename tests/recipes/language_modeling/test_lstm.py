@@ -1,4 +1,4 @@
-"""The LSTM as a model of the library: state, labels, generation, saving, Auto classes, pipeline."""
+"""The LSTM as a Transformers model: state, labels, generation, saving, Auto classes, pipeline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARY = 30
 def make_model(**overrides: object) -> ExtrapLstmForCausalLM:
     torch.manual_seed(0)
     shape = {"vocab_size": VOCABULARY, "embedding_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "dropout": 0.0}
-    # A wide range makes predictions differ enough that a wrong state shows in the tokens.
+    # A wide range, so that a wrong state changes the generated tokens.
     config = ExtrapLstmConfig(**{**shape, "initializer_range": 2.0, "eos_token_id": 1, "pad_token_id": 1, **overrides})
     return ExtrapLstmForCausalLM(config).eval()
 
@@ -106,13 +106,6 @@ def test_left_padded_batch_generates_what_each_prompt_does_alone(num_beams: int)
     assert torch.equal(together[1, 3:], model.generate(short, **options)[0])
 
 
-def test_reorder_cache_selects_rows() -> None:
-    state = (torch.arange(6.0).view(1, 3, 2), torch.arange(6.0, 12).view(1, 3, 2))
-    reordered = make_model().reorder_cache(state, torch.tensor([2, 0, 0]))
-    assert reordered[0].tolist() == [[[4, 5], [0, 1], [0, 1]]]
-    assert reordered[1].tolist() == [[[10, 11], [6, 7], [6, 7]]]
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_load_auto_classes_and_tied_weights(tmp_path: Path, tied: bool) -> None:
     model = make_model(tie_word_embeddings=tied)
@@ -185,8 +178,8 @@ def test_trainer_gradient_has_the_scale_of_the_mean_loss(tmp_path: Path) -> None
     ("fields", "message"),
     [
         ({"hidden_size": 0, "embedding_size": 0}, "at least 1"),
-        ({"dropout": 1.0}, r"in \[0, 1\)"),
-        ({"embedding_size": 8, "hidden_size": 16}, "tied embeddings need"),
+        ({"dropout": 1.0}, r"allowed: \[0, 1\)"),
+        ({"embedding_size": 8, "hidden_size": 16}, "with tied embeddings"),
     ],
 )
 def test_bad_configuration(fields: dict[str, object], message: str) -> None:
@@ -196,7 +189,7 @@ def test_bad_configuration(fields: dict[str, object], message: str) -> None:
 
 def test_bad_input() -> None:
     model, ids = make_model(), tokens(2, 5)
-    with pytest.raises(ValueError, match="they must be equal"):
+    with pytest.raises(ValueError, match="allowed: equal shapes"):
         model(input_ids=ids, labels=ids[:, 1:])
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="exactly one"):
         model()

@@ -1,4 +1,4 @@
-"""Streams: which token is read where, by whom, and that none is lost or counted twice."""
+"""Streams: the tokens of each worker, and that each token is counted exactly once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from hf_extrap.recipes.language_modeling.streams import IGNORED, StreamDataset, collate
+from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
+from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED
 
 
 def worker_texts(world_size: int, accumulation: int, batch: int = 2, seq_len: int = 3) -> dict[int, np.ndarray]:
-    """What each worker reads, (steps, batch, seq_len + 1), with batches dealt out as accelerate does."""
+    """What each worker reads, (steps, batch, seq_len + 1), with batches distributed as by accelerate."""
     workers = world_size * accumulation
     data = StreamDataset(np.arange(1 + 4 * workers * batch * seq_len), streams=batch * workers, seq_len=seq_len)
     texts: dict[int, list[np.ndarray]] = {}
@@ -26,10 +27,10 @@ def worker_texts(world_size: int, accumulation: int, batch: int = 2, seq_len: in
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
-def test_every_worker_reads_on_where_it_stopped(world_size: int, accumulation: int) -> None:
+def test_every_worker_reads_contiguously(world_size: int, accumulation: int) -> None:
     for chunks in worker_texts(world_size, accumulation).values():
         assert len(chunks) == 4
-        # The text is 0, 1, 2, ...: each chunk begins with the token that ended the one before.
+        # The text is 0, 1, 2, ...: each chunk begins with the last token of the chunk before.
         assert (chunks[1:, :, 0] == chunks[:-1, :, -1]).all()
         assert (np.diff(chunks, axis=2) == 1).all()
 
@@ -52,7 +53,7 @@ def test_complete_counts_every_token_once(streams: int, seq_len: int, targets: i
         assert item["input_ids"].shape == item["labels"].shape == (seq_len + 1,)
         assert torch.equal(item["labels"][kept], item["input_ids"][kept])
         assert not kept[0]
-        # Whatever predicts a counted target is the token before it.
+        # A counted target is predicted from the token before it.
         assert torch.equal(item["input_ids"][:-1][kept[1:]] + 1, item["labels"][1:][kept[1:]])
         counted += item["labels"][kept].tolist()
     assert sorted(counted) == list(range(1, targets + 1))
@@ -69,7 +70,7 @@ def test_training_leaves_out_only_the_incomplete_end() -> None:
 
 
 class CountedText(np.ndarray):
-    """A text that counts how often it is read."""
+    """A text that counts its reads."""
 
     reads = 0
 
@@ -80,7 +81,7 @@ class CountedText(np.ndarray):
 
 @pytest.mark.parametrize("complete", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 8])
-def test_a_batch_holds_the_items_and_is_read_in_one_go(batch: int, complete: bool) -> None:
+def test_a_batch_holds_the_items_and_is_read_at_once(batch: int, complete: bool) -> None:
     text = np.arange(100, 191, dtype=np.uint16).view(CountedText)
     data = StreamDataset(text, streams=8, seq_len=5, complete=complete)
     items = [data[i] for i in range(len(data))]

@@ -1,9 +1,10 @@
-"""The language-modelling task: data in, vocabulary, models, perplexity, refusals."""
+"""The language modeling task: data, vocabulary, models, perplexity, errors."""
 
 from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_extrap.recipes import get_task
+from hf_extrap.recipes.data import SPLITS, DataArguments, cached_folder, load_splits
 from hf_extrap.recipes.language_modeling import text
 from hf_extrap.recipes.language_modeling.task import LanguageModelingArguments, LanguageModelingTask, sum_token_losses
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams, word_level_tokenizer
 from hf_extrap.recipes.models import ExtrapLstmForCausalLM
-from hf_extrap.recipes.task import SPLITS, DataArguments, PreparedTask, load_splits
+from hf_extrap.recipes.task import PreparedTask
 
 TINY_LSTM = {"hidden_size": 8, "num_hidden_layers": 1, "dropout": 0.0}
 TINY_GPT2 = {"model_type": "gpt2", "config_overrides": "n_embd=8,n_layer=1,n_head=2,n_positions=16"}
@@ -27,7 +29,7 @@ LINES = ["the cat sat on the mat", "", "the dog sat", "a <unk> cat ran"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A corpus of 85 lines in three kinds of file."""
+    """A corpus of 85 lines in three file formats."""
     path = tmp_path / "corpus"
     path.mkdir()
     (path / "train.txt").write_text("\n".join(LINES * 20) + "\n", encoding="utf-8")
@@ -80,7 +82,7 @@ def test_wikitext2_has_its_published_vocabulary(shared_data: Path, tmp_path: Pat
     assert len(tokenizer) == 33278
     assert tokenizer.convert_ids_to_tokens([0, 1]) == ["<unk>", "<eos>"]
     _, ids = token_streams(splits.filter(lambda row, i: i < 100, with_indices=True), tmp_path, tokenizer)
-    # One <eos> a row, and one before the first.
+    # One <eos> per row, and one before the first.
     assert (ids["validation"] == 1).sum() == 101
 
 
@@ -120,16 +122,18 @@ def test_vocabulary_cap_keeps_the_most_frequent(folder: Path, tmp_path: Path) ->
 def test_cache_is_used_again_and_follows_the_content(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[str] = []
-    encode = text._encode
-    monkeypatch.setattr(text, "_encode", lambda *a: calls.append(a[2]) or encode(*a))
-    prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
-    assert calls == list(SPLITS)
-    prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
-    assert calls == list(SPLITS)
+    built: list[str] = []
+
+    def watched(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+        return cached_folder(root, key, lambda target: built.append(key) or build(target))
+
+    monkeypatch.setattr(text, "cached_folder", watched)
+    for _ in range(2):
+        prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
+        assert len(built) == 1
     (folder / "test.jsonl").write_text('{"text": "another bird sat"}\n' * 4, encoding="utf-8")
     prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
-    assert calls == 2 * list(SPLITS)
+    assert len(set(built)) == 2
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
 
 
@@ -171,7 +175,7 @@ def test_unigram_bias_starts_at_the_unigram_model(folder: Path, tmp_path: Path) 
     prepared = prepare(tmp_path, data_dir=str(folder), unigram_bias=True, **TINY_LSTM)
     torch.nn.init.zeros_(prepared.model.lm_head.weight)
     share = prepared.model.lm_head.bias.softmax(0)[prepared.processing_class.convert_tokens_to_ids("the")]
-    # "the" stands 60 times among 340 tokens of train; 11 types get half a count each.
+    # "the" occurs 60 times among 340 tokens of train; 11 types get half a count each.
     assert share.item() == pytest.approx(60.5 / (340 + 5.5), rel=1e-5)
 
 
@@ -237,13 +241,13 @@ def test_bad_data_is_refused(folder: Path, tmp_path: Path, spoil: Any, error: ty
         ({"data_dir": "nowhere"}, FileNotFoundError, "is not a folder"),
         ({"dataset": "no/such-corpus"}, FileNotFoundError, "neither 'builtin' nor found on the Hub"),
         ({"model": "nowhere"}, FileNotFoundError, "neither a folder with a config.json"),
-        ({"model_type": "gpt-nothing"}, ValueError, "AutoConfig knows"),
+        ({"model_type": "gpt-nothing"}, ValueError, "type of AutoConfig"),
         ({"seq_len": 0}, ValueError, "at least 1"),
         ({"max_train_samples": 0}, ValueError, "`max_train_samples` is 0"),
         ({"from_scratch": True}, ValueError, "`model` is null"),
-        ({"unigram_bias": True, "model_type": "gpt2"}, ValueError, "set it to false"),
-        ({**TINY_GPT2, "seq_len": 16}, ValueError, "at most 15 tokens"),
-        ({"seq_len": 100_000}, ValueError, "lower the batch size"),
+        ({"unigram_bias": True, "model_type": "gpt2"}, ValueError, "only for a new LSTM"),
+        ({**TINY_GPT2, "seq_len": 16}, ValueError, "at most 15"),
+        ({"seq_len": 100_000}, ValueError, "decrease the batch size"),
     ],
 )
 def test_bad_fields_are_refused(tmp_path: Path, fields: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -254,7 +258,7 @@ def test_bad_fields_are_refused(tmp_path: Path, fields: dict[str, Any], error: t
 def test_carry_state_is_refused_where_it_cannot_work(folder: Path, tmp_path: Path) -> None:
     from hf_extrap import ExtrapTrainingArguments
 
-    for shape, order, message in ((TINY_GPT2, "sequential", "none"), (TINY_LSTM, "random", "in their order")):
+    for shape, order, message in ((TINY_GPT2, "sequential", "not recurrent"), (TINY_LSTM, "random", "in order")):
         arguments = ExtrapTrainingArguments(
             str(tmp_path / "out"), use_cpu=True, carry_state=True, train_sampling_strategy=order
         )

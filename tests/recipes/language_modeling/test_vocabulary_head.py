@@ -1,4 +1,4 @@
-"""The fused head against projection and cross entropy done one after the other."""
+"""The fused head against a projection followed by cross entropy."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_second_backward_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_second_derivatives_equal_those_of_the_plain_way(tied: bool) -> None:
+def test_second_derivatives_equal_those_of_autograd(tied: bool) -> None:
     head, _, targets = head_and_batch([3, 49, -100, 7])
     head = head.double()
     head.weight.data.mul_(8)

@@ -1,4 +1,4 @@
-"""Pairs, subwords, batches and BLEU, each alone."""
+"""The parts of the translation task: pairs, subwords, batches and BLEU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import EvalPrediction
 
 from hf_extrap.recipes.translation.bleu import Bleu, TranslationMetrics, bleu_signature
-from hf_extrap.recipes.translation.sentence_pairs import builtin_pairs
+from hf_extrap.recipes.translation.builtin import builtin_pairs
 from hf_extrap.recipes.translation.subwords import train_bpe
 from hf_extrap.recipes.translation.token_batches import (
     FullBatches,
@@ -94,7 +94,7 @@ def test_bpe_gives_unseen_pairs_back_and_makes_words_of_them(tokenizer, pairs):
 
 
 def test_bpe_refuses_a_vocabulary_without_room_for_bytes():
-    with pytest.raises(ValueError, match="`vocab_size` is 200: byte-level BPE needs at least 260"):
+    with pytest.raises(ValueError, match="`vocab_size` is 200; allowed: at least 260"):
         train_bpe(["a"], 200, model_max_length=8)
 
 
@@ -151,7 +151,7 @@ def test_a_ready_batch_is_collated_once():
     epochs = [[batch.pop("labels") for batch in loader] for _ in range(3)]
     assert made == [len(dataset[i]) for i in range(len(dataset))]
     assert all(map(torch.equal, epochs[0], epochs[2]))
-    # Another collator makes its own.
+    # Another collator has its own cache.
     other = UnwrappingCollator(lambda rows: {"rows": len(rows)})
     assert [other([dataset[i]]) for i in range(len(dataset))] == [{"rows": n} for n in made]
 

@@ -1,0 +1,186 @@
+"""The data of a task: fields that name it, its splits, and a cache of what is prepared from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_extrap.training.extras import extra
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+SPLITS = ("train", "validation", "test")
+#: File extension -> builder of `datasets` that reads it.
+READERS = {"txt": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
+ALLOWED_NAMES = "{train,validation,test}.{txt,json,jsonl,parquet}[.gz]"
+
+
+@dataclass
+class DataArguments:
+    """Fields of every task that name the data, and a model to start from.
+
+    Raises:
+        ValueError: if a limit is less than 1.
+    """
+
+    dataset: str = field(default="builtin", metadata={"help": "'builtin' or the name of a dataset on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": f"Local folder with {ALLOWED_NAMES}; takes precedence over `dataset`."}
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a model; default: a new one, by the task's fields."}
+    )
+    data_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for prepared data; default: <HF datasets cache>/hf_extrap."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Limit of the rows of train."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Limit of the rows of validation and test."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; allowed: at least 1, or null for all rows.")
+
+    @property
+    def cache_root(self) -> Path:
+        """Folder of all prepared data."""
+        if self.data_cache_dir:
+            return Path(self.data_cache_dir).expanduser()
+        with extra("recipes"):
+            import datasets
+        return Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "hf_extrap"
+
+
+def load_splits(
+    arguments: DataArguments,
+    *,
+    columns: Sequence[str],
+    builtin: Callable[[], DatasetDict],
+    cut_validation: Callable[[Dataset], tuple[Dataset, Dataset]] | None = None,
+    take: Callable[[Dataset, int], Dataset] = lambda rows, count: rows.select(range(count)),
+) -> DatasetDict:
+    """Load the splits train, validation and test.
+
+    Args:
+        arguments: `data_dir` takes precedence over `dataset`; `max_train_samples` and `max_eval_samples` are limits.
+        columns: columns that every split must have, such as `("text",)`.
+        builtin: builds the data of `dataset: builtin`.
+        cut_validation: divides train into the remaining rows and validation, for data without a validation split; by
+            default such data is refused.
+        take: selects that many rows of a longer split; default: the first ones.
+
+    Raises:
+        FileNotFoundError: if `data_dir` or the file of a split is missing, or the Hub dataset cannot be found.
+        ValueError: if a file cannot be read, a split is missing or empty, or a column is missing.
+    """
+    if arguments.data_dir is not None:
+        optional = () if cut_validation is None else ("validation",)
+        splits = _from_folder(Path(arguments.data_dir).expanduser(), arguments.cache_root / "raw", optional)
+        origin = f"data_dir {arguments.data_dir!r}"
+    elif arguments.dataset == "builtin":
+        splits, origin = builtin(), "the built-in data"
+    else:
+        splits = _from_hub(arguments.dataset, arguments.dataset_config)
+        origin = f"dataset {arguments.dataset!r}"
+    if cut_validation is not None and "train" in splits and "validation" not in splits:
+        splits["train"], splits["validation"] = cut_validation(splits["train"])
+    found = type(splits)()
+    for name in SPLITS:
+        if name not in splits:
+            raise ValueError(f"{origin} has no split {name!r}: it has {', '.join(splits)}.")
+        rows = splits[name]
+        for column in columns:
+            if column not in rows.column_names:
+                raise ValueError(f"split {name!r} of {origin} has no column {column!r}: it has {rows.column_names}.")
+        if len(rows) == 0:
+            raise ValueError(f"split {name!r} of {origin} is empty; allowed: at least one row.")
+        limit = arguments.max_train_samples if name == "train" else arguments.max_eval_samples
+        found[name] = rows if limit is None or limit >= len(rows) else take(rows, limit)
+    return found
+
+
+def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> DatasetDict:
+    with extra("recipes"):
+        import datasets
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data_dir {str(folder)!r} is not a folder; allowed: one with {ALLOWED_NAMES}.")
+    splits = datasets.DatasetDict()
+    for name in SPLITS:
+        files = {folder / f"{name}.{ending}{gz}": reader for ending, reader in READERS.items() for gz in ("", ".gz")}
+        found = [path for path in files if path.is_file()]
+        if not found and name in optional:
+            continue
+        if not found:
+            raise FileNotFoundError(
+                f"data_dir {str(folder)!r} has no file for split {name!r}: it needs {ALLOWED_NAMES}."
+            )
+        path = found[0]
+        if len(found) > 1:
+            raise ValueError(f"data_dir {str(folder)!r} has both {path.name} and {found[1].name}; keep one of them.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{str(path)!r} is empty; allowed: at least one row.")
+        try:
+            splits[name] = datasets.load_dataset(
+                files[path], data_files={name: str(path)}, split=name, cache_dir=str(cache_dir)
+            )
+        except Exception as error:
+            reason = _one_line(error.__cause__ or error)
+            raise ValueError(f"{str(path)!r} cannot be read as {files[path]}: {reason}") from error
+    return splits
+
+
+def _from_hub(name: str, config: str | None) -> DatasetDict:
+    with extra("recipes"):
+        import datasets
+
+    try:
+        return datasets.load_dataset(name, config)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"dataset {name!r} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def content_fingerprint(splits: DatasetDict, *settings: Any) -> str:
+    """Return a hash of all rows and of the settings (JSON values): the cache key of what is prepared from them."""
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12)
+    for name, split in splits.items():
+        digest.update(name.encode())
+        for batch in split.iter(batch_size=1000):
+            digest.update(json.dumps(batch, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def cached_folder(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder `root/key`; `build(folder)` fills it the first time.
+
+    It is filled under a temporary name and then renamed, so that no process ever sees an incomplete folder.
+    """
+    final = root / key
+    if not final.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
+        try:
+            build(temporary)
+            os.rename(temporary, final)
+        except OSError:
+            if not final.is_dir():  # otherwise another process was faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
