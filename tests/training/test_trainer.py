@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_extrap import PRESETS, ExtrapConfig, Extrapolated, ExtrapTrainer
+from hf_extrap.training.requirements import check_requirements
 from tests.support.tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
 
 MOMENTUM = {"sgd_momentum": 0.9, "sgd_nesterov": True}
@@ -303,17 +304,17 @@ def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path, mon
     trainer = ExtrapTrainer(gpt2(), arguments(tmp_path, extrap="extrap-past"), train_dataset=Sentences(8))
     trainer.args.fsdp = "full_shard"
     with pytest.raises(ValueError, match="FSDP is asked for, but accelerate runs NO"):
-        trainer._refuse_unsupported_engines()
+        check_requirements(trainer)
     trainer.args.fsdp = None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DeepSpeed is asked for, but accelerate runs NO"):
-        trainer._refuse_unsupported_engines()
+        check_requirements(trainer)
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     trainer.is_fsdp_enabled = True
     for version, refusal in ((1, "the engine is FSDP of version 1"), (2, "the engine is FSDP, where no worker has")):
         monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=version))
         with pytest.raises(ValueError, match=refusal):
-            trainer._refuse_unsupported_engines()
+            check_requirements(trainer)
 
 
 def test_a_user_s_own_optimizer_is_wrapped_with_its_momentum(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stop a run that will not come back."""
+"""Callbacks of the Trainer: stopping a run that diverges."""
 
 from __future__ import annotations
 
