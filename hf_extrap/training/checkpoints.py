@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -40,40 +41,48 @@ def save_rank_state(checkpoint: str | Path, rank: int, processes: int, states: I
     save_file(tensors, folder / _rank_file(rank), metadata={"facts": json.dumps(facts)})
 
 
-def load_rank_state(checkpoint: str | Path, rank: int, processes: int) -> tuple[RankState, bool]:
-    """Read what `save_rank_state` wrote, on the CPU.
+def load_rank_state(checkpoint: str | Path, rank: int, processes: int) -> RankState:
+    """Read what `save_rank_state` wrote, on the CPU; a collective call.
 
-    A checkpoint of the stock Trainer has none of it, and another number of processes makes no use of it: both are
-    warned of, and directions and recurrent states start cold.
-
-    Returns:
-        The state, and whether as many processes saved it as there are now.
+    Directions and recurrent states start cold, with a warning, from a checkpoint of the stock Trainer, which has no
+    such files, and from one of another number of processes.
 
     Raises:
-        FileNotFoundError: a file of this process is missing, though as many processes saved the checkpoint.
+        FileNotFoundError: a process has lost a file of a checkpoint that as many processes have saved.
         ValueError: the file is damaged.
     """
     folder = Path(checkpoint)
     path = folder / _rank_file(rank)
     found = path if path.is_file() else next(iter(sorted(folder.glob(_rank_file("*")))), None)
-    if found is None:
+    state = _read(found) if found is not None else RankState()
+    own = [path.name, f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"]
+    if any(folder.glob(local_sgd_file("*"))):
+        own.append(local_sgd_file(rank))
+    missing = [name for name in own if not (folder / name).is_file()]
+    # All processes raise together: one that trained on would wait for the others.
+    reports = gather_object([(state.facts.get("processes"), missing)])
+    saved = next((count for count, _ in reports if count is not None), None)
+    if saved is None:
         logger.warning("%s holds no extrap_rank file: directions and recurrent states start cold", folder)
-        return RankState(), False
-    state = _read(found)
-    if (saved := state.facts["processes"]) != processes:
+        return RankState()
+    if saved != processes:
         logger.warning(
             "the checkpoint has %d processes and this run %d: directions and recurrent states start cold",
             saved,
             processes,
         )
-        return RankState(facts={"noise_scale": state.facts["noise_scale"]}), False
-    for name in (path.name, f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} lacks {name}, which each of its {processes} processes has saved; allowed: a complete "
-                "checkpoint."
-            )
-    return state, True
+        return RankState(facts={name: state.facts[name] for name in ("noise_scale",) if name in state.facts})
+    if lost := sorted(name for _, names in reports for name in names):
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(lost)}, which its {processes} processes have saved; allowed: a complete "
+            "checkpoint."
+        )
+    return state
+
+
+def local_sgd_file(rank: int | str) -> str:
+    """The name of the file with the optimizer states of one process's workers."""
+    return f"local_sgd_rank_{rank}.pt"
 
 
 def _rank_file(rank: int | str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
 
-def uses_num_items(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> bool:
+def uses_num_items(model: nn.Module, loss: Callable[..., Any], inputs: dict[str, Any]) -> bool:
     """Find out by trying whether a loss depends on `num_items_in_batch`.
 
     The Trainer takes a model that accepts `**kwargs` for one that uses it. If the model ignores it, gradients are too
@@ -20,13 +21,14 @@ def uses_num_items(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> bool:
 
     Args:
         model: is in evaluation mode during the two passes.
-        loss: the loss of one batch, given `num_items_in_batch`.
+        loss: the Trainer's `compute_loss`.
+        inputs: a micro-batch on its device.
     """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            one, two = (float(loss(torch.tensor(count))) for count in (1000.0, 2000.0))
+            one, two = (float(loss(model, dict(inputs), False, torch.tensor(n))) for n in (1000.0, 2000.0))
     finally:
         model.train(was_training)
     if one == 0 or not math.isclose(one, two, rel_tol=1e-3):

@@ -218,9 +218,10 @@ class ExtrapTrainerMixin(TrainerBase):
         """The step's micro-batches; what a step must know before its first pass is set here."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and not self._loss_kwargs_checked and num_items is not None:
-            self._loss_kwargs_checked = True
-            self.model_accepts_loss_kwargs = self._uses_num_items(batches[0])
-            num_items = num_items if self.model_accepts_loss_kwargs else None
+            self._loss_kwargs_checked, model = True, self.accelerator.unwrap_model(self.model)
+            with self.compute_loss_context_manager():
+                uses = uses_num_items(model, super().compute_loss, self.prepare(batches[0]))
+            self.model_accepts_loss_kwargs, num_items = uses, num_items if uses else None
         if self.augment is not None:
             batches = [self._augmented(inputs, index) for index, inputs in enumerate(batches)]
         self._micro_batch = 0
@@ -230,17 +231,6 @@ class ExtrapTrainerMixin(TrainerBase):
         if optimizer is not None and optimizer.virtual_workers > 1 and batches:
             optimizer.loss_scale = 1 / len(batches)
         return batches, None if self.local_sgd.is_local else num_items
-
-    def _uses_num_items(self, inputs: Inputs) -> bool:
-        model = self.accelerator.unwrap_model(self.model)
-
-        def loss(count: Tensor) -> Tensor:
-            with self.compute_loss_context_manager():
-                return cast(
-                    Tensor, super(ExtrapTrainerMixin, self).compute_loss(model, self.prepare(inputs), False, count)
-                )
-
-        return uses_num_items(model, loss)
 
     def _augmented(self, inputs: Inputs, micro_batch: int) -> Inputs:
         """A micro-batch, augmented once for all its passes, equally for a virtual worker and for a process."""
@@ -340,10 +330,10 @@ class ExtrapTrainerMixin(TrainerBase):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.extrapolated is not None:
             self._connect(self.model_wrapped)
-            state, same = load_rank_state(checkpoint, self.args.process_index, self.accelerator.num_processes)
+            state = load_rank_state(checkpoint, self.args.process_index, self.accelerator.num_processes)
             for component in self._components:
                 component.load(state)
-            self.local_sgd.restore(checkpoint, same)
+            self.local_sgd.restore(checkpoint)
 
 
 class ExtrapTrainer(ExtrapTrainerMixin, Trainer):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
+from hf_extrap.training.checkpoints import local_sgd_file
 
 from .base import Component, Inputs
 
@@ -105,34 +106,14 @@ class LocalSteps(Component):
     def save(self, checkpoint: str) -> None:
         """Write the optimizer states of this process's workers."""
         if (local := self.optimizer) is not None and local.is_local:
-            Path(checkpoint).mkdir(parents=True, exist_ok=True)
-            torch.save(local.local_state_dict(), _states_file(checkpoint, self.trainer.args.process_index))
+            torch.save(local.local_state_dict(), Path(checkpoint) / local_sgd_file(self.trainer.args.process_index))
 
-    def restore(self, checkpoint: str, same_processes: bool) -> None:
-        """Read what `save` wrote.
-
-        Args:
-            checkpoint: folder.
-            same_processes: whether as many processes saved it as now read it.
-
-        Raises:
-            FileNotFoundError: this process's file is missing, and not because there were fewer processes.
-        """
-        if (local := self.optimizer) is None:
-            return
-        path, first = (_states_file(checkpoint, rank) for rank in (self.trainer.args.process_index, 0))
-        others = list(Path(checkpoint).glob("local_sgd_rank_*.pt"))
-        if same_processes and others and not path.is_file():
-            raise FileNotFoundError(
-                f"{checkpoint} lacks {path.name}, and another process's file is there; allowed: a complete checkpoint."
-            )
-        # The first process's file says how many workers there were.
-        if (found := next((file for file in (path, first) if file.is_file()), None)) is not None:
+    def restore(self, checkpoint: str) -> None:
+        """Read what `save` wrote; without this process's file, the first one's says how many workers there were."""
+        files = [Path(checkpoint) / local_sgd_file(rank) for rank in (self.trainer.args.process_index, 0)]
+        found = next((file for file in files if file.is_file()), None)
+        if (local := self.optimizer) is not None and found is not None:
             local.load_local_state_dict(torch.load(found, map_location="cpu", weights_only=True))
-
-
-def _states_file(checkpoint: str, rank: int) -> Path:
-    return Path(checkpoint) / f"local_sgd_rank_{rank}.pt"
 
 
 def _end_extrapolation(optimizer: Extrapolated, start: int) -> None:
