@@ -1,4 +1,4 @@
-"""A toy ResNet on random pictures and its Trainer, shared by tests and by the processes they start."""
+"""A toy ResNet on random images and its Trainer, shared by tests and by the processes they start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.tiny_trainer import arguments
 
 
 class Watched(ExtrapTrainer):
-    """Keeps the pictures of every training pass."""
+    """Keeps the images of every training pass."""
 
     seen: list[Tensor] | None = None
 
@@ -28,7 +28,7 @@ class Watched(ExtrapTrainer):
 
 
 def pictures(count: int) -> Pictures:
-    """Random ones of 8 × 8 pixels, brighter for higher classes."""
+    """Random images of 8 × 8 pixels, brighter for higher classes."""
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 4, count)
     images = draw.integers(0, 64, (count, 3, 8, 8)) + 60 * labels.reshape(-1, 1, 1, 1)
@@ -38,7 +38,7 @@ def pictures(count: int) -> Pictures:
 def train_images(
     folder: Path | str, resume: Any = None, seen: list[Tensor] | None = None, **fields: Any
 ) -> ExtrapTrainer:
-    """Train the toy ResNet on cropped and mirrored pictures, in their order."""
+    """Train the toy ResNet on cropped and mirrored images, in their order."""
     torch.manual_seed(0)
     model = ExtrapResNetForImageClassification(ExtrapResNetConfig(depth=8, width=4, num_labels=4))
     fields = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "sgd_momentum": 0.9} | fields

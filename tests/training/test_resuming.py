@@ -14,12 +14,45 @@ from transformers import Trainer
 from tests.support.tiny_trainer import gpt2, train, weights
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "extrap_virtual_workers": 2}
-TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+ADAM: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "extrap_max_displacement": 2.0}
+INDEPENDENT: dict[str, Any] = {"extrap": "extrap", "extrap_batch": "independent", "extrap_step_ratio": 0.5}
+MEASURED: dict[str, Any] = {"sharpness_batches": 2, "eval_strategy": "steps", "eval_steps": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    **{
+        f"{preset}, step size {size}": {"extrap": preset, "extrap_step_size": size, **ADAM}
+        for preset in ("extrap-past", "optimistic", "past-update", "extrap")
+        for size in (None, "auto")
+    },
+    "smoothout": {"extrap": "smoothout", **ADAM},
+    "independent samples": INDEPENDENT,
+    "batched workers": {"extrap": "extrap-past", "batch_workers": True},
+    "sharpness": {"extrap": "extrap-past", **ADAM, **MEASURED},
+    **{
+        name: {"extrap": "extrap-past", "base_optimizer": name, "optim": "adamw_torch_fused", "weight_decay": 0.1}
+        for name in ("lars", "lamb", "nadam")
+    },
+}
 
 
 def history(trainer: Trainer) -> list[dict[str, Any]]:
     """Every logged row, without times."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in trainer.state.log_history]
+    return [
+        {key: value for key, value in row.items() if not key.endswith(("_runtime", "_per_second"))}
+        for row in trainer.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run: str) -> None:
+    """With its weights, and with its history: losses, moves, noise scale, evaluations, sharpness."""
+    dropout = 0.0 if run == "batched workers" else 0.1
+    fields = {**SAVING, **RUNS[run]}
+    whole = train(tmp_path / "whole", model=gpt2(dropout), **fields)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train(tmp_path / "resumed", model=gpt2(dropout), resume=checkpoint, **fields)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert history(resumed) == history(whole)
+    assert any("extrap/sharpness" in row for row in history(whole)) == (run == "sharpness")
 
 
 @pytest.mark.parametrize("extrap", ["none", "extrap-past"])

@@ -133,25 +133,6 @@ def test_recurrent_runs_are_measured_and_train_on_as_before(tmp_path: Path, tiny
     assert all(row[SHARPNESS] > 0 for row in measured if SHARPNESS in row)
 
 
-def test_a_resumed_run_measures_what_the_whole_one_does(tmp_path: Path) -> None:
-    fields = {
-        "model": gpt2(),
-        "extrap": "extrap-past",
-        "extrap_virtual_workers": 2,
-        "optim": "adamw_torch",
-        "sharpness_batches": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        **EVALUATED,
-    }
-    whole = train(tmp_path / "whole", **fields)
-    resumed = train(
-        tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), **{**fields, "model": gpt2()}
-    )
-    assert rows(resumed, SHARPNESS) == rows(whole, SHARPNESS)
-    assert len(rows(whole, SHARPNESS)) == 2
-
-
 def test_under_autocast_the_measurement_is_in_float32(tmp_path: Path) -> None:
     trainer = train(tmp_path, bf16=True, sharpness_batches=1, **EVALUATED)
     assert "_original_forward" in vars(trainer.model)

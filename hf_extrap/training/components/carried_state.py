@@ -61,7 +61,7 @@ class CarriedState(Component):
         return {**inputs, "cache_params": tuple(part[:, :rows].contiguous() for part in state)}
 
     def keep(self, slot: str, outputs: Any) -> None:
-        """Take the state that the outputs end with, except inside `starting_from` and `frozen`."""
+        """Take the state that the outputs end with, except inside `starting_from`."""
         if self._frozen:
             return
         state = outputs.get("cache_params") if isinstance(outputs, dict) else None
@@ -81,22 +81,14 @@ class CarriedState(Component):
             self._states[slot] = state
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Passes inside change no state."""
-        before, self._frozen = self._frozen, True
+    def starting_from(self, state: State | None) -> Iterator[None]:
+        """Passes inside change no state; in evaluation mode they start from the given one."""
+        self.put(EVALUATION, state)
+        self._frozen = True
         try:
             yield
         finally:
-            self._frozen = before
-
-    @contextmanager
-    def starting_from(self, state: State | None) -> Iterator[None]:
-        """Passes outside training start from a state and change none."""
-        self.put(EVALUATION, state)
-        try:
-            with self.frozen():
-                yield
-        finally:
+            self._frozen = False
             self.put(EVALUATION, None)
 
     def tensors(self) -> dict[str, Tensor]:

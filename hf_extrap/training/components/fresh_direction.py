@@ -57,7 +57,7 @@ class FreshDirection(Component):
         model.train()
         if states is not None:
             carried.set_tensors(states)
-        with optimizer.probing(worker=worker, model=model) as backward, carried.frozen():
+        with optimizer.probing(worker=worker, model=model) as backward:
             for carried.worker in micro_batches:
                 is_last = carried.worker == micro_batches[-1]
                 with self._averaging(model, is_last, first == len(self.batches) - 1):
