@@ -6,19 +6,32 @@ import json
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .components.base import RankState
-
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass
+class RankState:
+    """What one process keeps for itself in a checkpoint.
+
+    Attributes:
+        tensors: by group and name.
+        facts: values that JSON can hold.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def save_rank_state(checkpoint: str | Path, rank: int, processes: int, states: Iterable[RankState]) -> None:

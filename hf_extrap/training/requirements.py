@@ -20,7 +20,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
     Raises:
         ValueError: naming the field, what it cannot be combined with, and what is allowed.
     """
-    args, config = trainer.args, trainer.config
+    args, config = trainer.args, trainer.extrap_config
     engines = {
         "the engine is DeepSpeed": trainer.is_deepspeed_enabled,
         "the engine is FSDP": trainer.is_fsdp_enabled,
@@ -112,7 +112,7 @@ def _check_engine(trainer: ExtrapTrainerMixin) -> None:
         field,
         {
             f"the engine is {sharded}, where no worker has weights of its own": (
-                sharded is not None and trainer.config.scope == "local"
+                sharded is not None and trainer.extrap_config.scope == "local"
             )
         },
         "extrap_scope 'global' (extragradient, optimistic, past-update, noise), or DDP or ZeRO stages 0 to 2",

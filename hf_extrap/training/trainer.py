@@ -46,7 +46,7 @@ class ExtrapTrainerMixin(TrainerBase):
     (clipping, evaluation, saving, uploading, callbacks) sees the parameters x.
 
     Attributes:
-        config: the extrapolation scheme of the arguments.
+        extrap_config: the extrapolation scheme of the arguments.
         batch_size_unit: how many units, such as tokens, one item of the dataset counts for `lr_scaling` and the
             gradient noise scale.
         augment: changes a training micro-batch on its device, at random by the generator only.
@@ -71,9 +71,9 @@ class ExtrapTrainerMixin(TrainerBase):
             )
         self.batch_size_unit = 1.0
         self.augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
-        self.config = self.args.extrap_config()
+        self.extrap_config = self.args.extrap_config()
         check_requirements(self)
-        if self.config.direction != "none":
+        if self.extrap_config.direction != "none":
             # A worker's gradient is that of its own mean loss, so that its scale is known.
             self.model_accepts_loss_kwargs = False
         self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
@@ -152,7 +152,7 @@ class ExtrapTrainerMixin(TrainerBase):
             if args.local_steps > 1:
                 optimizer = LocalSGD(optimizer, args.local_steps, virtual_workers=workers)
             self.optimizer = optimizer = self._client_optimizer = Extrapolated(
-                optimizer, self.config, virtual_workers=workers, grad_scaler=self.accelerator.scaler
+                optimizer, self.extrap_config, virtual_workers=workers, grad_scaler=self.accelerator.scaler
             )
         return optimizer
 
@@ -246,7 +246,7 @@ class ExtrapTrainerMixin(TrainerBase):
             return super().training_step(model, inputs, num_items_in_batch)
         self.carried.worker = micro_batch
         worker = micro_batch if optimizer.virtual_workers > 1 else 0
-        moves = self.config.direction != "none" or optimizer.collect_statistics or self.has_engine
+        moves = self.extrap_config.direction != "none" or optimizer.collect_statistics or self.has_engine
         if self.args.batch_workers:
             loss = self._one_pass.training_step(model, optimizer, micro_batch, num_items_in_batch)
         else:

@@ -27,7 +27,7 @@ class Watched(ExtrapTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def pictures(count: int) -> Pictures:
+def labelled_images(count: int) -> Pictures:
     """Random images of 8 × 8 pixels, brighter for higher classes."""
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 4, count)
@@ -42,7 +42,11 @@ def train_images(
     torch.manual_seed(0)
     model = ExtrapResNetForImageClassification(ExtrapResNetConfig(depth=8, width=4, num_labels=4))
     fields = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "sgd_momentum": 0.9} | fields
-    data: dict[str, Any] = {"train_dataset": pictures(64), "eval_dataset": pictures(16), "data_collator": collate}
+    data: dict[str, Any] = {
+        "train_dataset": labelled_images(64),
+        "eval_dataset": labelled_images(16),
+        "data_collator": collate,
+    }
     trainer = Watched(model, arguments(folder, **fields), **data)
     trainer.seen = seen
     trainer.augment = Augmentation(crop=1, flip=True)

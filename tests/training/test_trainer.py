@@ -1,4 +1,4 @@
-"""The Trainer: the stock one bit for bit without extrapolation, the plain loop with it, x at rest, resumes, logs."""
+"""The Trainer: the stock one bit for bit without extrapolation, the plain loop with it, x between steps, logs."""
 
 from __future__ import annotations
 

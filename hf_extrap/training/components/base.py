@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from hf_extrap.training.checkpoints import RankState
 
 if TYPE_CHECKING:
     from hf_extrap.training.trainer import ExtrapTrainerMixin
 
 Inputs = dict[str, Any]
-
-
-@dataclass
-class RankState:
-    """What one process keeps for itself in a checkpoint.
-
-    Attributes:
-        tensors: by group and name.
-        facts: values that JSON can hold.
-    """
-
-    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Component:

@@ -37,7 +37,7 @@ class WorkersInOnePass:
                 self._workers = BatchedWorkers(optimizer, model, self._loss_of_worker)
             batches = [self.trainer.prepare(batch) for batch in self._fresh.batches]
             if optimizer.wants_probe:
-                share = self.trainer.config.batch_fraction
+                share = self.trainer.extrap_config.batch_fraction
                 samples = self._fresh.samples()[0][: len(batches)]
                 self._workers.probe([self.trainer.prepare(first_rows(batch, share)) for batch in samples])
             self._losses = (self._workers.backward(batches) * optimizer.loss_scale).unbind()

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Component, Inputs, RankState
+from hf_extrap.training.checkpoints import RankState
+
+from .base import Component, Inputs
 
 State = tuple[Tensor, ...]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.training.checkpoints import RankState
 
-from .base import Component, Inputs, RankState
+from .base import Component, Inputs
 from .carried_state import State
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Component, RankState
+from hf_extrap.training.checkpoints import RankState
+
+from .base import Component
 
 GROUPS = ("directions", "curvature")
 

@@ -12,8 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.training.checkpoints import RankState
 
-from .base import Component, Inputs, RankState
+from .base import Component, Inputs
 
 
 class FreshDirection(Component):
@@ -48,7 +49,7 @@ class FreshDirection(Component):
             optimizer: the wrapper, which stores the direction.
             worker: the virtual worker whose pass at y is next.
         """
-        carried, config = self.trainer.carried, self.trainer.config
+        carried, config = self.trainer.carried, self.trainer.extrap_config
         current, first = carried.tensors(), carried.worker
         micro_batches = range(len(self.batches))
         if optimizer.virtual_workers > 1 and config.scope == "local":
@@ -75,7 +76,7 @@ class FreshDirection(Component):
             yield
             model.set_requires_gradient_sync(step_averages)
             return
-        if self.trainer.config.scope == "local" or not isinstance(model, DistributedDataParallel):
+        if self.trainer.extrap_config.scope == "local" or not isinstance(model, DistributedDataParallel):
             yield
             return
         before = model.require_backward_grad_sync
@@ -87,7 +88,7 @@ class FreshDirection(Component):
 
     @property
     def _is_independent(self) -> bool:
-        return self.trainer.config.batch == "independent"
+        return self.trainer.extrap_config.batch == "independent"
 
     def state(self) -> RankState:
         """The micro-batches of the last step and their recurrent states: the next step's `independent` samples."""

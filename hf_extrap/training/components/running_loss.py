@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Component, RankState
+from hf_extrap.training.checkpoints import RankState
+
+from .base import Component
 
 
 class RunningLoss(Component):
