@@ -27,12 +27,12 @@ class Watched(ExtrapTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def labelled_images(count: int) -> Pictures:
+def images(count: int) -> Pictures:
     """Random images of 8 × 8 pixels, brighter for higher classes."""
     draw = np.random.default_rng(0)
     labels = draw.integers(0, 4, count)
-    images = draw.integers(0, 64, (count, 3, 8, 8)) + 60 * labels.reshape(-1, 1, 1, 1)
-    return Pictures(images.astype(np.uint8), labels)
+    pixels = draw.integers(0, 64, (count, 3, 8, 8)) + 60 * labels.reshape(-1, 1, 1, 1)
+    return Pictures(pixels.astype(np.uint8), labels)
 
 
 def train_images(
@@ -42,11 +42,7 @@ def train_images(
     torch.manual_seed(0)
     model = ExtrapResNetForImageClassification(ExtrapResNetConfig(depth=8, width=4, num_labels=4))
     fields = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "sgd_momentum": 0.9} | fields
-    data: dict[str, Any] = {
-        "train_dataset": labelled_images(64),
-        "eval_dataset": labelled_images(16),
-        "data_collator": collate,
-    }
+    data: dict[str, Any] = {"train_dataset": images(64), "eval_dataset": images(16), "data_collator": collate}
     trainer = Watched(model, arguments(folder, **fields), **data)
     trainer.seen = seen
     trainer.augment = Augmentation(crop=1, flip=True)
