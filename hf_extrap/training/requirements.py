@@ -36,9 +36,9 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
                 "there are several processes": args.world_size > 1,
                 "there are several devices": args.n_gpu > 1,
                 **engines,
-                "fp16 is true": bool(args.fp16),
-                "torch_compile is true": bool(args.torch_compile),
-                "gradient_checkpointing is true": args.gradient_checkpointing,
+                "fp16 is true": args.fp16,
+                "torch_compile is true": args.torch_compile,
+                "gradient_checkpointing is true": bool(args.gradient_checkpointing),
                 "compute_loss_func is given": trainer.compute_loss_func is not None,
             },
             "several virtual workers in one process on one device, in float32 or bf16, without carry_state, "
@@ -59,7 +59,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
                 "batch_workers is true": args.batch_workers,
                 f"{accumulation} and extrap_virtual_workers {workers}": args.gradient_accumulation_steps != workers,
                 **engines,
-                "fp16 is true": bool(args.fp16),
+                "fp16 is true": args.fp16,
                 "compute_loss_func is given": trainer.compute_loss_func is not None,
             },
             "workers that are each a process of DDP or a virtual worker of one micro-batch, one after another, in "
