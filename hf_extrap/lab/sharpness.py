@@ -77,8 +77,10 @@ def sharpness(
     on_train = split == "train"
     loader = trainer.get_train_dataloader() if on_train else trainer.get_eval_dataloader()
     streams = trainer.args.gradient_accumulation_steps if on_train else 1
-    mean_loss = trainer.mean_loss(
-        trainer.samples(loader, batches, streams), cast(Differentiation, differentiation), cast(BatchNorm, batch_norm)
+    mean_loss = trainer.sharpness.mean_loss(
+        trainer.sharpness.samples(loader, batches, streams),
+        cast(Differentiation, differentiation),
+        cast(BatchNorm, batch_norm),
     )
     content = {
         "checkpoint": str(checkpoint),
@@ -115,7 +117,7 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
     top = _eigenpair(mean_loss.hessian_product, mean_loss, tolerance, "Hessian products", quiet)
     direction = gradient / norm if norm else gradient
     bend = float(direction @ mean_loss.hessian_product(direction)) if norm else 0.0
-    preconditioner = saved.trainer.preconditioner(mean_loss)
+    preconditioner = saved.trainer.sharpness.preconditioner(mean_loss)
     in_metric = None
     if preconditioner is not None:
         product = preconditioned(mean_loss.hessian_product, preconditioner)

@@ -31,8 +31,8 @@ from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, versions
 from hf_extrap.recipes.task import PreparedTask
+from hf_extrap.training.callbacks import DivergenceStopper
 from hf_extrap.training.checkpoints import check_checkpoint_matches
-from hf_extrap.training.divergence import DivergenceStopper
 from hf_extrap.training.extras import require
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer

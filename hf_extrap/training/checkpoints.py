@@ -1,24 +1,126 @@
-"""Whether a checkpoint on disk belongs to a model, read from its header alone."""
+"""Checkpoints: what each process saves for itself, and whether a checkpoint is complete and of the same model."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
+@dataclass
+class RankState:
+    """What one process keeps for itself in a checkpoint.
+
+    Attributes:
+        tensors: by group and name.
+        facts: values that JSON can hold.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def save_rank_state(checkpoint: str | Path, rank: int, processes: int, states: Iterable[RankState]) -> None:
+    """Write what one process keeps for itself as one safetensors file.
+
+    Args:
+        checkpoint: folder, made if it is missing.
+        rank: of the process.
+        processes: how many there are.
+        states: their groups and facts go into one file.
+    """
+    folder = Path(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, object] = {"processes": processes}
+    for state in states:
+        facts |= state.facts
+        for group, named in state.tensors.items():
+            tensors |= {f"{group}/{name}": tensor.contiguous() for name, tensor in named.items()}
+    save_file(tensors, folder / _rank_file(rank), metadata={"facts": json.dumps(facts)})
+
+
+def load_rank_state(checkpoint: str | Path, rank: int, processes: int) -> RankState:
+    """Read what `save_rank_state` wrote, on the CPU; a collective call.
+
+    Directions and recurrent states start cold, with a warning, from a checkpoint of the stock Trainer, which has no
+    such files, and from one of another number of processes.
+
+    Raises:
+        FileNotFoundError: a process has lost a file of a checkpoint that as many processes have saved.
+        ValueError: the file is damaged.
+    """
+    folder = Path(checkpoint)
+    path = folder / _rank_file(rank)
+    found = path if path.is_file() else next(iter(sorted(folder.glob(_rank_file("*")))), None)
+    state = _read(found) if found is not None else RankState()
+    own = [path.name, f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"]
+    if any(folder.glob(local_sgd_file("*"))):
+        own.append(local_sgd_file(rank))
+    missing = [name for name in own if not (folder / name).is_file()]
+    # All processes raise together: one that trained on would wait for the others.
+    reports = gather_object([(state.facts.get("processes"), missing)])
+    saved = next((count for count, _ in reports if count is not None), None)
+    if saved is None:
+        logger.warning("%s holds no extrap_rank file: directions and recurrent states start cold", folder)
+        return RankState()
+    if saved != processes:
+        logger.warning(
+            "the checkpoint has %d processes and this run %d: directions and recurrent states start cold",
+            saved,
+            processes,
+        )
+        return RankState(facts={name: state.facts[name] for name in ("noise_scale",) if name in state.facts})
+    if lost := sorted(name for _, names in reports for name in names):
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(lost)}, which its {processes} processes have saved; allowed: a complete "
+            "checkpoint."
+        )
+    return state
+
+
+def local_sgd_file(rank: int | str) -> str:
+    """The name of the file with the optimizer states of one process's workers."""
+    return f"local_sgd_rank_{rank}.pt"
+
+
+def _rank_file(rank: int | str) -> str:
+    return f"extrap_rank_{rank}.safetensors"
+
+
+def _read(path: Path) -> RankState:
+    state = RankState()
+    try:
+        with safe_open(path, framework="pt") as file:
+            state.facts = json.loads(file.metadata()["facts"])
+            for key in file.keys():  # noqa: SIM118, it is no mapping
+                group, _, name = key.partition("/")
+                state.tensors.setdefault(group, {})[name] = file.get_tensor(key)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); allowed: resuming from another checkpoint.") from error
+    return state
+
+
 def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
-    """Refuse a checkpoint whose tensors do not fit the model.
+    """Refuse a checkpoint whose tensors do not fit the model; only the files' headers are read.
 
     Args:
         checkpoint: folder that holds model.safetensors, whole or in shards.
-        model: the model that is to receive them. Tied weights may be stored under any one of their names.
+        model: receives the tensors. Tied weights may be stored under any one of their names.
 
     Raises:
         FileNotFoundError: the folder or its weights are missing.
@@ -42,7 +144,7 @@ def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
                 f"checkpoint {folder} is of another model: {name} has shape {list(shape)} there and "
                 f"{list(expected[name])} here."
             )
-    # Such as sinusoidal positions, which the model makes anew.
+    # Such as sinusoidal positions, which the model computes.
     unsaved = [
         re.compile(pattern)
         for attribute in ("_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing")

@@ -1,29 +1,35 @@
-"""The base optimizer by its name: of torch.optim, or else of pytorch_optimizer (LARS, LAMB, …)."""
+"""The base optimizer by name (torch.optim or pytorch_optimizer), and its learning rate: scaling rules, step decay."""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import inspect
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 _NOT_IN_A_LOOP = {"optimizer", "lbfgs", "sparseadam"}
-# Unless told so, the library's LAMB multiplies its normalised step by 1 / (1 - beta1^t): 10 times too long at first.
+# By default the library's LAMB multiplies its normalised step by 1 / (1 - beta1^t): 10 times too long at first.
 _AS_IN_THE_PAPER = {"lamb": {"adam_debias": True}}
 
 
 def base_optimizer(args: TrainingArguments, name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Class and keyword arguments of the optimizer `name`, with `optim_args` over the defaults.
 
-    torch.optim is looked in first. Its Adam kin take adam_beta1, adam_beta2 and adam_epsilon, and decay weights
-    apart from the gradient as AdamW does; optimizers of pytorch_optimizer keep that library's defaults.
+    torch.optim is searched first. Its variants of Adam take adam_beta1, adam_beta2 and adam_epsilon, and decoupled
+    weight decay as AdamW does; optimizers of pytorch_optimizer keep that library's defaults.
 
     Raises:
-        ValueError: for a name or an argument that there is not, with close matches.
-        ImportError: if the name is not torch's and pytorch_optimizer is missing.
+        ValueError: the name or an argument is unknown; close matches are named.
+        ImportError: the name is not of torch.optim and pytorch_optimizer is missing.
     """
     given = parse_arguments(args.optim_args)
     torch_optimizers = {
@@ -89,3 +95,47 @@ def _of_library(name: str, torch_names: list[str]) -> type[torch.optim.Optimizer
             "name of torch.optim or pytorch_optimizer."
         )
     return pytorch_optimizer.load_optimizer(name.lower())
+
+
+def scaled_learning_rate_factor(rule: str, batch_size: float, base_batch_size: float) -> float:
+    """The factor of a learning rate that was tuned at another batch size.
+
+    Args:
+        rule: `none`, 1; `linear`, the ratio of the batch sizes (Goyal et al. 2017); `sqrt`, its square root, for
+            adaptive optimizers (Hoffer et al. 2017).
+        batch_size: of one step over all workers, in any unit.
+        base_batch_size: the batch size that the learning rate was tuned at, in the same unit.
+    """
+    ratio = batch_size / base_batch_size if rule != "none" else 1.0
+    return math.sqrt(ratio) if rule == "sqrt" else ratio
+
+
+def step_decay(
+    total_steps: int, warmup_steps: int, milestones: Sequence[float], factor: float
+) -> Callable[[int], float]:
+    """A schedule for `LambdaLR`: linear warm-up to 1, then times `factor` at each milestone.
+
+    Args:
+        total_steps: steps of the training.
+        warmup_steps: steps from 0 to the full learning rate.
+        milestones: increasing shares of the training, in (0, 1).
+        factor: what each milestone multiplies the rate by.
+    """
+    steps = [math.ceil(share * total_steps) for share in milestones]
+
+    def rate(step: int) -> float:
+        warm = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+        return warm * factor ** bisect_right(steps, step)
+
+    return rate
+
+
+def scale_learning_rate(optimizer: torch.optim.Optimizer, rule: str, batch_size: float, base: float | None) -> None:
+    """Multiply the learning rate of every group, see `scaled_learning_rate_factor`."""
+    if rule == "none" or base is None:
+        return
+    factor = scaled_learning_rate_factor(rule, batch_size, base)
+    logger.info("learning rate times %.4g: %s scaling to a batch of %.6g", factor, rule, batch_size)
+    for group in optimizer.param_groups:
+        if group.get("lr") is not None:
+            group["lr"] *= factor

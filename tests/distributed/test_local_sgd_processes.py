@@ -1,4 +1,4 @@
-"""Post-local SGD in two processes: two virtual workers, replicas that agree at rest, an exact resume."""
+"""Post-local SGD in two processes: two virtual workers, replicas that agree between steps, an exact resume."""
 
 from __future__ import annotations
 

@@ -76,8 +76,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     ranks: list[dict[str, Any]], folder: Path, preset: str
 ) -> None:
     assert torch.equal(ranks[0][f"{preset} resumed"], ranks[0][f"{preset} whole"])
+    assert ranks[0][f"{preset} resumed losses"] == ranks[0][f"{preset} whole losses"]
+    assert torch.equal(ranks[0][f"{preset} finished"], ranks[0][f"{preset} whole"])
+    assert ranks[0][f"{preset} finished steps"] == 6
     files = sorted(path.name for path in (folder / preset / "checkpoint-3").glob("extrap_rank_*"))
     assert files == ["extrap_rank_0.safetensors", "extrap_rank_1.safetensors"]
+
+
+def test_a_checkpoint_is_complete_when_every_process_has_saved(ranks: list[dict[str, Any]]) -> None:
+    assert not ranks[1]["complete too early"]
+    assert ["checkpoint-3 lacks extrap_rank_1.safetensors" in rank["torn"] for rank in ranks] == [True, True]
 
 
 def test_another_world_size_warns_and_starts_cold(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_extrap import PRESETS
 from tests.support.kept_warnings import Warnings
@@ -20,9 +23,33 @@ COMMON: dict[str, Any] = {
     "sgd_momentum": 0.9,
     "sgd_nesterov": True,
 }
-SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+# The checkpoint lies between two logged rows.
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4}
 MEASURED: dict[str, Any] = {"extrap": "extrap-past", "eval_strategy": "steps", "eval_steps": 3}
 EQUIVALENT = [name for name in PRESETS if name not in ("gaussian", "smoothout")]
+
+
+class LateFiles(TrainerCallback):
+    """The second process saves its own files late, and looks whether the checkpoint counts as complete before."""
+
+    is_complete = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        wrapper = optimizer.optimizer
+        local_state_dict = wrapper.local_state_dict
+
+        def late() -> dict[str, Any]:
+            if args.process_index == 1:
+                time.sleep(2)
+                self.is_complete |= any(Path(args.output_dir).glob("*/trainer_state.json"))
+            return local_state_dict()
+
+        wrapper.local_state_dict = late
+
+
+def losses(trainer: Trainer) -> list[float]:
+    """The logged losses, the mean of the whole run last."""
+    return [row[key] for row in trainer.state.log_history for key in ("loss", "train_loss") if key in row]
 
 
 def main(folder: Path, single_process_checkpoint: str) -> None:
@@ -56,10 +83,26 @@ def main(folder: Path, single_process_checkpoint: str) -> None:
     warnings.texts.clear()
     for preset in ("extrap-past", "smoothout"):
         fields = {"extrap": preset, "extrap_virtual_workers": 2, **COMMON, **SAVING}
-        seen[f"{preset} whole"] = weights(train(folder / preset, model=gpt2(dropout=0.1), **fields))
+        whole = train(folder / preset, model=gpt2(dropout=0.1), **fields)
+        seen[f"{preset} whole"], seen[f"{preset} whole losses"] = weights(whole), losses(whole)
         checkpoint = str(folder / preset / "checkpoint-3")
         resumed = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
-        seen[f"{preset} resumed"] = weights(resumed)
+        seen[f"{preset} resumed"], seen[f"{preset} resumed losses"] = weights(resumed), losses(resumed)
+        checkpoint = str(folder / preset / "checkpoint-6")
+        finished = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
+        seen[f"{preset} finished"], seen[f"{preset} finished steps"] = weights(finished), finished.state.global_step
+    late = LateFiles()
+    train(folder / "late", extrap="extrap-past", **COMMON, **SAVING, callbacks=[late], max_steps=3)
+    seen["complete too early"] = late.is_complete
+    torn = folder / "torn" / "checkpoint-3"
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "extrap-past" / "checkpoint-3", torn)
+        (torn / "extrap_rank_1.safetensors").unlink()
+    dist.barrier()
+    try:
+        train(folder / "torn", extrap="extrap-past", resume=str(torn), **COMMON, **SAVING)
+    except FileNotFoundError as error:
+        seen["torn"] = str(error)
     assert not warnings.texts, warnings.texts
     grown = train(folder / "grown", extrap="extrap-past", resume=single_process_checkpoint, **COMMON, **SAVING)
     seen["grown"], seen["grown steps"], seen["warnings"] = weights(grown), grown.state.global_step, warnings.texts

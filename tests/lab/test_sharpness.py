@@ -71,7 +71,7 @@ def test_a_checkpoint_with_its_optimizer(trained: Path, capsys: pytest.CaptureFi
     assert content["gradient_curvature"] <= content["sharpness"] * 1.001
 
     saved = load_saved_run(folder)
-    samples = saved.trainer.samples(saved.trainer.get_train_dataloader(), 3, streams=2)
+    samples = saved.trainer.sharpness.samples(saved.trainer.get_train_dataloader(), 3, streams=2)
     # Workers take turns: the third batch goes on where the first one ended.
     assert samples[0][1] is None and samples[1][1] is None and samples[2][1] is not None
     model = ExtrapLstmForCausalLM.from_pretrained(folder).eval()

@@ -60,7 +60,7 @@ def test_loss_and_gradient_are_those_of_y(mode: str, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_overflow_in_fp16_is_skipped_and_x_put_back(preset: str) -> None:
-    """At a scale of 2⁶⁰ no half-precision gradient is finite; after it the scheme goes on, from the past cold."""
+    """At a scale of 2⁶⁰ no half-precision gradient is finite; afterwards the scheme continues, from the past cold."""
     trained, config = run("fp16 and GradScaler", preset, overflow_at=4), PRESETS[preset]
     bad, after = trained.steps[4:6]
     assert not all(torch.isfinite(g).all() for g in bad.y.gradient.values())

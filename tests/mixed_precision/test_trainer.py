@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_those_of_y(mode: str, preset: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_overflow_is_skipped_and_the_weights_are_x_at_once(preset: str) -> None:
-    """Nothing is left at y for an evaluation or a checkpoint, and the schedule does not go on."""
+    """Evaluations and checkpoints find x, and the learning-rate schedule does not advance."""
     trainer, config = run("fp16 and GradScaler", preset, overflow_at=4), PRESETS[preset]
     bad, after = trainer.steps[4:6]
     assert not all(torch.isfinite(g).all() for g in bad.y.gradient.values())

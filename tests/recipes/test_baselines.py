@@ -13,7 +13,7 @@ from transformers import set_seed
 from hf_extrap.cli import main
 from hf_extrap.recipes.configuration import resolve
 from hf_extrap.recipes.run_folder import RunFolder
-from hf_extrap.training.scaling import scaled_learning_rate_factor
+from hf_extrap.training.optimizers import scaled_learning_rate_factor
 from hf_extrap.training.trainer import ExtrapTrainer
 
 SCALED = {"extrap_virtual_workers": 8, "lr_scaling": "linear", "base_batch_size": 64, "warmup_epochs": 2.5}

@@ -1,4 +1,4 @@
-"""Lets accelerate run FSDP2 on the CPU, where it would silently run DDP: for tests alone."""
+"""Lets accelerate run FSDP2 on the CPU, where it would silently run DDP; only for tests."""
 
 from __future__ import annotations
 

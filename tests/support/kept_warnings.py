@@ -1,4 +1,4 @@
-"""The warnings of the package, for tests of what it says and of what it keeps to itself."""
+"""Records the warnings of the package, for tests of what is and is not warned of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 
 class Warnings(logging.Handler):
-    """Keeps their texts, from when it is made."""
+    """Keeps the text of every warning since it was created."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

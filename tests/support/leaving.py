@@ -1,4 +1,4 @@
-"""How a process that torchrun has started for a test hands over what it saw."""
+"""The end of a process that torchrun has started for a test: its results, and its exit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch.distributed as dist
 
 
 def save_and_leave(seen: dict[str, Any], folder: Path, name: str) -> NoReturn:
-    """Save to `name`_R.pt in the folder, R the process, and leave."""
+    """Save to `name`_R.pt in the folder, R the process, and end the process."""
     torch.save(seen, folder / f"{name}_{dist.get_rank()}.pt")
     leave()
 
 
 def leave() -> NoReturn:
-    """End the process once all have come here, without taking anything down.
+    """End the process once all processes have called this, without running the interpreter's cleanup.
 
-    At the interpreter's end gloo has been seen to hang, when models wrapped for DDP outlive the process group, and to
-    abort ("terminate called without an active exception").
+    During that cleanup gloo sometimes hangs, when models wrapped for DDP outlive the process group, or aborts
+    ("terminate called without an active exception").
     """
     if dist.is_initialized():
         dist.barrier()

@@ -16,7 +16,7 @@ class WatchedTrainer(ExtrapTrainer):
     """Keeps the steps of its training, each with its inputs.
 
     Attributes:
-        steps: in order; one that was skipped too.
+        steps: in order, skipped ones included.
         inputs: the micro-batch of each.
         half: whether passes compute in float16 with a scaled loss, which accelerate refuses on a CPU.
         overflow_at: the step whose loss scale is far too large.

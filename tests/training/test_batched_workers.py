@@ -73,14 +73,6 @@ def test_the_digits_task(tmp_path: Path) -> None:
     assert_same_run(*trainers, 1e-5)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"extrap": "extrap-past", "extrap_virtual_workers": 2, "batch_workers": True}
-    fields |= {"save_strategy": "steps", "save_steps": 3}
-    whole = train(tmp_path / "whole", **fields)
-    resumed = train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"), **fields)
-    assert torch.equal(weights(whole), weights(resumed))
-
-
 def test_bfloat16_is_that_of_the_loop(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"extrap": "extrap-past", "extrap_virtual_workers": 2, "bf16": True}
     start = weights(make(tmp_path))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_extrap.training.diagnostics import GradientNoiseScale
+from hf_extrap.training.components.diagnostics import GradientNoiseScale
 
 
 def test_it_finds_trace_over_squared_mean() -> None:

@@ -95,7 +95,7 @@ def test_until_the_switch_nothing_differs_and_then_nothing_extrapolates(tmp_path
     (stock, _), (local, trainer) = runs["stock"], runs["local"]
     for step in range(4):
         assert torch.equal(stock[step], local[step]), step
-    # Between averagings the parameters rest.
+    # Between averagings the parameters do not change.
     assert torch.equal(local[4], local[3]) and torch.equal(local[6], local[5])
     assert not torch.equal(local[5], local[4]) and not torch.equal(local[5], stock[5])
     assert trainer.extrapolated.skipped_steps == 0 and trainer.extrapolated.step_count == 8

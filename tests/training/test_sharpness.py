@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
+from hf_extrap import ExtrapTrainer
 from hf_extrap.recipes.configuration import resolve
 from hf_extrap.recipes.run import run
 from hf_extrap.recipes.run_folder import RunFolder
@@ -50,6 +51,15 @@ def test_training_is_bit_identical_with_and_without(tmp_path: Path, fields: dict
     assert all((PRECONDITIONED in row) == ("optim" in fields) for row in found)
 
 
+class Watched(ExtrapTrainer):
+    """Keeps the micro-batches of every step."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self.batches = batches
+        return batches, count
+
+
 class Dense(TrainerCallback):
     """The same measurement at every evaluation, by all columns of the Hessian."""
 
@@ -58,12 +68,12 @@ class Dense(TrainerCallback):
         self.trainer: Any = None
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        assert len(trainer._recent) == min(2, trainer.state.global_step)
-        assert torch.equal(trainer._recent[-1][0]["input_ids"], trainer._step_batches[-1]["input_ids"])
-        mean_loss = trainer.mean_loss(trainer._recent)
+        sharpness = self.trainer.sharpness
+        assert len(sharpness.recent) == min(2, self.trainer.state.global_step)
+        assert torch.equal(sharpness.recent[-1][0]["input_ids"], self.trainer.batches[-1]["input_ids"])
+        mean_loss = sharpness.mean_loss(sharpness.recent)
         columns = torch.stack([mean_loss.hessian_product(e) for e in torch.eye(mean_loss.point.numel())])
-        root = trainer.preconditioner(mean_loss).sqrt()
+        root = sharpness.preconditioner(mean_loss).sqrt()
         self.values.append(
             tuple(float(torch.linalg.eigvalsh(m)[-1]) for m in (columns, root[:, None] * columns * root))
         )
@@ -79,6 +89,7 @@ def test_logged_values_are_those_of_the_dense_hessian(tmp_path: Path) -> None:
     dense = Dense()
     trainer = make(
         tmp_path,
+        kind=Watched,
         model=model,
         extrap="extrap-past",
         optim="adamw_torch",
@@ -122,37 +133,19 @@ def test_recurrent_runs_are_measured_and_train_on_as_before(tmp_path: Path, tiny
     assert all(row[SHARPNESS] > 0 for row in measured if SHARPNESS in row)
 
 
-def test_a_resumed_run_measures_what_the_whole_one_does(tmp_path: Path) -> None:
-    fields = {
-        "model": gpt2(),
-        "extrap": "extrap-past",
-        "extrap_virtual_workers": 2,
-        "optim": "adamw_torch",
-        "sharpness_batches": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        **EVALUATED,
-    }
-    whole = train(tmp_path / "whole", **fields)
-    resumed = train(
-        tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2"), **{**fields, "model": gpt2()}
-    )
-    assert rows(resumed, SHARPNESS) == rows(whole, SHARPNESS)
-    assert len(rows(whole, SHARPNESS)) == 2
-
-
 def test_under_autocast_the_measurement_is_in_float32(tmp_path: Path) -> None:
     trainer = train(tmp_path, bf16=True, sharpness_batches=1, **EVALUATED)
     assert "_original_forward" in vars(trainer.model)
     casting = trainer.model.forward
-    ((inputs, _),) = trainer._recent
+    recent = trainer.sharpness.recent
+    ((inputs, _),) = recent
     rounded = trainer.model(**inputs).loss.item()
     plain = gpt2().eval()
     plain.load_state_dict(trainer.model.state_dict())
-    measured = trainer.mean_loss(trainer._recent).value()
+    mean_loss = trainer.sharpness.mean_loss(recent)
+    measured = mean_loss.value()
     assert measured == pytest.approx(plain(**inputs).loss.item(), abs=1e-6)
     assert abs(measured - rounded) > 1e-5
     assert trainer.model.forward == casting
-    mean_loss = trainer.mean_loss(trainer._recent)
     pair = largest_eigenpair(mean_loss.hessian_product, mean_loss.point)
     assert rows(trainer, SHARPNESS)[-1][SHARPNESS] == pytest.approx(pair.value, rel=0.05)

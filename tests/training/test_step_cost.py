@@ -78,12 +78,7 @@ def test_what_extrapolates_is_seen_by_the_same_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_step_that_logs_nothing_waits_once_at_most(
-    tmp_path: Path, preset: str, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # As on a device, where the lengths of moves stay: on the CPU they are read, which makes nobody wait.
-    monkeypatch.setattr("hf_extrap.optim.moving._readable", list)
-
+def test_a_step_that_logs_nothing_waits_once_at_most(tmp_path: Path, preset: str, workers: int) -> None:
     def waits(**fields: Any) -> list[int]:
         fields |= {"extrap": preset, "extrap_virtual_workers": workers}
         return [sum(name in WAITS for name in step) for step in operations_of(tmp_path, ExtrapTrainer, **fields)]

@@ -1,4 +1,4 @@
-"""The Trainer: the stock one bit for bit without extrapolation, the plain loop with it, x at rest, resumes, logs."""
+"""The Trainer: the stock one bit for bit without extrapolation, the plain loop with it, x between steps, logs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_extrap import PRESETS, ExtrapConfig, Extrapolated, ExtrapTrainer
+from hf_extrap.training.requirements import check_requirements
 from tests.support.tiny_trainer import Sentences, arguments, gpt2, marian, train, weights
 
 MOMENTUM = {"sgd_momentum": 0.9, "sgd_nesterov": True}
@@ -114,39 +115,6 @@ def test_the_weights_are_x_wherever_anyone_looks_and_in_every_save(tmp_path: Pat
     )
     final = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
     assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in final.items())
-
-
-@pytest.mark.parametrize(
-    "preset, step_size",
-    [
-        *((name, size) for name in ("extrap-past", "optimistic", "past-update", "extrap") for size in (None, "auto")),
-        ("smoothout", None),
-    ],
-)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, preset: str, step_size: str | None) -> None:
-    fields = {
-        "extrap": preset,
-        "extrap_step_size": step_size,
-        "extrap_virtual_workers": 2,
-        "extrap_max_displacement": 2.0,
-    }
-    saves = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "learning_rate": 0.01}
-    whole = train(tmp_path / "whole", model=gpt2(dropout=0.1), **fields, **saves)
-    checkpoint = tmp_path / "whole" / "checkpoint-3"
-    resumed = train(tmp_path / "resumed", model=gpt2(dropout=0.1), resume=str(checkpoint), **fields, **saves)
-    assert torch.equal(weights(resumed), weights(whole))
-    assert [row for row in resumed.state.log_history if "loss" in row] == [
-        row for row in whole.state.log_history if "loss" in row
-    ]
-
-
-def test_independent_samples_survive_a_resume_bit_for_bit(tmp_path: Path) -> None:
-    fields = {"extrap": "extrap", "extrap_batch": "independent", "extrap_step_ratio": 0.5, "extrap_virtual_workers": 2}
-    saves = {"save_strategy": "steps", "save_steps": 3}
-    whole = train(tmp_path / "whole", **fields, **saves)
-    resumed = train(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"), **fields, **saves)
-    assert torch.equal(weights(resumed), weights(whole))
-    assert not torch.equal(weights(whole), weights(train(tmp_path / "same", **{**fields, "extrap_batch": "same"})))
 
 
 def test_another_number_of_virtual_workers_starts_cold_with_a_warning(
@@ -264,37 +232,25 @@ def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(weights(quiet), weights(busy))
 
 
+class PassTrainer(ExtrapTrainer):
+    """Keeps the sentences of every pass."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.passes = [*getattr(self, "passes", []), inputs["input_ids"]]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 def test_a_fraction_of_the_batch_costs_a_fraction_of_a_gradient(tmp_path: Path) -> None:
-    rows: list[int] = []
-
-    class Counting(ExtrapTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            rows.append(len(inputs["input_ids"]))
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    train(tmp_path, kind=Counting, extrap="extrap", extrap_batch_fraction=0.25, max_steps=3)
-    assert rows == [1, 4] * 3
+    trainer = train(tmp_path, kind=PassTrainer, extrap="extrap", extrap_batch_fraction=0.25, max_steps=3)
+    assert [len(rows) for rows in trainer.passes] == [1, 4] * 3
 
 
 def test_independent_samples_are_those_of_the_step_before(tmp_path: Path) -> None:
-    first_tokens: list[int] = []
-
-    class Counting(ExtrapTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            first_tokens.append(int(inputs["input_ids"][0, 0]))
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    train(
-        tmp_path,
-        kind=Counting,
-        extrap="extrap",
-        extrap_batch="independent",
-        train_sampling_strategy="sequential",
-        max_steps=3,
-    )
-    token = [int(Sentences(64).rows[4 * step, 0]) for step in range(3)]
+    fields = {"extrap_batch": "independent", "train_sampling_strategy": "sequential", "max_steps": 3}
+    trainer = train(tmp_path, kind=PassTrainer, extrap="extrap", **fields)
     # The first step has no other samples than its own.
-    assert first_tokens == [token[0], token[0], token[0], token[1], token[1], token[2]]
+    expected = [Sentences(64).rows[4 * step :][:4] for step in (0, 0, 0, 1, 1, 2)]
+    assert all(torch.equal(seen, rows) for seen, rows in zip(trainer.passes, expected, strict=True))
 
 
 def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,17 +259,17 @@ def test_stock_arguments_and_unsupported_engines_are_refused(tmp_path: Path, mon
     trainer = ExtrapTrainer(gpt2(), arguments(tmp_path, extrap="extrap-past"), train_dataset=Sentences(8))
     trainer.args.fsdp = "full_shard"
     with pytest.raises(ValueError, match="FSDP is asked for, but accelerate runs NO"):
-        trainer._refuse_unsupported_engines()
+        check_requirements(trainer)
     trainer.args.fsdp = None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DeepSpeed is asked for, but accelerate runs NO"):
-        trainer._refuse_unsupported_engines()
+        check_requirements(trainer)
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     trainer.is_fsdp_enabled = True
     for version, refusal in ((1, "the engine is FSDP of version 1"), (2, "the engine is FSDP, where no worker has")):
         monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=version))
         with pytest.raises(ValueError, match=refusal):
-            trainer._refuse_unsupported_engines()
+            check_requirements(trainer)
 
 
 def test_a_user_s_own_optimizer_is_wrapped_with_its_momentum(tmp_path: Path) -> None:

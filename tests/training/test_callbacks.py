@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState
 from hf_extrap.cli import main
 from hf_extrap.recipes.run_folder import RunFolder
 from hf_extrap.training.arguments import ExtrapTrainingArguments
-from hf_extrap.training.divergence import DivergenceStopper
+from hf_extrap.training.callbacks import DivergenceStopper
 
 
 def stops_at(losses: list[float], factor: float | None, warmup_steps: int, tmp_path: Path) -> int | None:

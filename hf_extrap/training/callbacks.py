@@ -1,4 +1,4 @@
-"""Stop a run that will not come back."""
+"""Callbacks of the Trainer: stopping a run that diverges."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class DivergenceStopper(TrainerCallback):
     """Ends training when the logged loss is not finite, or far above the first one once the warm-up is over.
 
-    The first logged loss is the mark because it is that of the untrained model, or near it (`logging_first_step`): a
-    loss taken after the warm-up is none if the run blew up during it. All processes log the same mean, so all stop.
+    The first logged loss is the reference because it is that of the untrained model, or near it (`logging_first_step`):
+    one taken after the warm-up may be that of a run which diverged during it. All processes log the same mean, so that
+    all stop.
 
     Attributes:
-        factor: how many times the first logged loss is too much; None stops only for losses that are not finite.
+        factor: multiple of the first logged loss that ends training; None: only losses that are not finite do.
         first_loss: the first logged loss.
         step: the step at which training was ended, or None.
     """
@@ -57,5 +58,5 @@ class DivergenceStopper(TrainerCallback):
     @staticmethod
     def _stop(control: TrainerControl) -> None:
         control.should_training_stop = True
-        # Nothing about these weights is worth an evaluation or a checkpoint.
+        # Diverged weights are neither evaluated nor saved.
         control.should_evaluate = control.should_save = False

@@ -1,0 +1,118 @@
+"""Resuming: a finished run, the history of an interrupted one, and checkpoints that lack a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from tests.support.tiny_trainer import gpt2, train, weights
+
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "extrap_virtual_workers": 2}
+ADAM: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "extrap_max_displacement": 2.0}
+INDEPENDENT: dict[str, Any] = {"extrap": "extrap", "extrap_batch": "independent", "extrap_step_ratio": 0.5}
+MEASURED: dict[str, Any] = {"sharpness_batches": 2, "eval_strategy": "steps", "eval_steps": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    **{
+        f"{preset}, step size {size}": {"extrap": preset, "extrap_step_size": size, **ADAM}
+        for preset in ("extrap-past", "optimistic", "past-update", "extrap")
+        for size in (None, "auto")
+    },
+    "smoothout": {"extrap": "smoothout", **ADAM},
+    "independent samples": INDEPENDENT,
+    "batched workers": {"extrap": "extrap-past", "batch_workers": True},
+    "sharpness": {"extrap": "extrap-past", **ADAM, **MEASURED},
+    **{
+        name: {"extrap": "extrap-past", "base_optimizer": name, "optim": "adamw_torch_fused", "weight_decay": 0.1}
+        for name in ("lars", "lamb", "nadam")
+    },
+}
+
+
+def history(trainer: Trainer) -> list[dict[str, Any]]:
+    """Every logged row, without times."""
+    return [
+        {key: value for key, value in row.items() if not key.endswith(("_runtime", "_per_second"))}
+        for row in trainer.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run: str) -> None:
+    """With its weights, and with its history: losses, moves, noise scale, evaluations, sharpness."""
+    dropout = 0.0 if run == "batched workers" else 0.1
+    fields = {**SAVING, **RUNS[run]}
+    whole = train(tmp_path / "whole", model=gpt2(dropout), **fields)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = train(tmp_path / "resumed", model=gpt2(dropout), resume=checkpoint, **fields)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert history(resumed) == history(whole)
+    assert any("extrap/sharpness" in row for row in history(whole)) == (run == "sharpness")
+
+
+@pytest.mark.parametrize("extrap", ["none", "extrap-past"])
+# 8 steps an epoch: training ends inside an epoch, and at the end of one.
+@pytest.mark.parametrize("steps", [6, 8])
+def test_a_finished_run_trains_no_further_step(tmp_path: Path, extrap: str, steps: int) -> None:
+    fields = {**SAVING, "extrap": extrap, "max_steps": steps}
+    whole = train(tmp_path, **fields)
+    for _ in range(2):
+        resumed = train(tmp_path, resume=str(tmp_path / f"checkpoint-{steps}"), **fields)
+        assert resumed.state.global_step == steps
+        assert torch.equal(weights(resumed), weights(whole))
+        assert history(resumed) == history(whole)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == sorted(
+        f"checkpoint-{step}" for step in {3, 6, steps}
+    )
+
+
+@pytest.mark.parametrize("extrap", ["none", "extrap-past"])
+@pytest.mark.parametrize("logging_steps", [4, 7])
+def test_a_resumed_history_is_the_uninterrupted_one(tmp_path: Path, extrap: str, logging_steps: int) -> None:
+    """The checkpoint lies between two logged rows, and their loss averages over the steps on both sides of it."""
+    fields = {**SAVING, "extrap": extrap, "max_steps": 10, "logging_steps": logging_steps}
+    whole = train(tmp_path / "whole", model=gpt2(dropout=0.1), **fields)
+    for step in (3, 6, 9):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed = train(tmp_path / "resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
+        assert history(resumed) == history(whole)
+
+
+def test_a_checkpoint_that_lacks_a_file_of_its_process_is_refused(tmp_path: Path) -> None:
+    fields = {**SAVING, "extrap": "extrap-past"}
+    train(tmp_path, **fields)
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "rng_state.pth").rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-3 lacks rng_state\.pth"):
+        train(tmp_path / "resumed", resume=str(checkpoint), **fields)
+    (tmp_path / "aside").rename(checkpoint / "rng_state.pth")
+    # As in a checkpoint of two processes whose first file was lost: the other one says how many there were.
+    path = checkpoint / "extrap_rank_0.safetensors"
+    path.rename(checkpoint / "extrap_rank_1.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-3 lacks extrap_rank_0\.safetensors"):
+        train(tmp_path / "resumed", resume=str(checkpoint), **fields)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"extrap_rank_0\.safetensors is damaged"):
+        train(tmp_path / "resumed", resume=str(checkpoint), **fields)
+
+
+def test_a_checkpoint_of_the_stock_trainer_or_of_more_processes_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path / "stock", kind=Trainer, **fields)
+    resumed = train(tmp_path, extrap="extrap-past", resume=str(tmp_path / "stock" / "checkpoint-3"), **fields)
+    assert resumed.state.global_step == 6
+    assert "checkpoint-3 holds no extrap_rank file" in caplog.text
+    checkpoint = tmp_path / "checkpoint-6"
+    path = checkpoint / "extrap_rank_0.safetensors"
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()["facts"]
+    save_file(load_file(path), path, metadata={"facts": facts.replace('"processes": 1', '"processes": 2')})
+    train(tmp_path / "again", extrap="extrap-past", resume=str(checkpoint), **fields)
+    assert "the checkpoint has 2 processes and this run 1" in caplog.text
