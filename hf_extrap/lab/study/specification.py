@@ -263,7 +263,9 @@ def _sentence(error: ValidationError) -> str:
         return f"{where} is unknown" + (f" (did you mean {close[0]!r}?)." if close else ".")
     if found["type"].startswith("missing"):
         return f"{where} is missing."
-    allowed = found["msg"].removeprefix("Input should be ")
+    if found["type"] == "too_short":
+        return f"{where} is empty; allowed: at least one."
+    allowed = found["msg"].removeprefix("Input should be ").replace("array", "list")
     return f"{where or 'the study'} is {found['input']!r}; allowed: {allowed}."
 
 
