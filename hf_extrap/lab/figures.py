@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from hf_extrap.recipes.figures import COLOURS, MARKERS, series
 
@@ -86,6 +86,7 @@ def draw_seeds(axes: Axes, line: np.ndarray, style: Mapping[str, Any]) -> list[P
     few = {} if len(steps) <= 25 else {"marker": None}
     axes.plot(steps, mean, linewidth=1.5, markersize=4, **{**style, **few})
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return [(step, value, style["color"]) for step, value in zip(steps, mean, strict=True)]
 
 
