@@ -33,10 +33,11 @@ def start(jobs: int) -> Executor:
 
 def stop(executor: Executor) -> None:
     """End its processes at once, whatever they do."""
-    executor.shutdown(wait=False, cancel_futures=True)
+    # First, so that another Ctrl-C finds nothing that the program would wait for.
     if isinstance(executor, ProcessPoolExecutor):
         for process in multiprocessing.active_children():
             process.kill()
+    executor.shutdown(wait=False, cancel_futures=True)
 
 
 def quiet() -> None:

@@ -101,7 +101,7 @@ def test_two_processes_share_a_study_and_end_with_it(tiny_language_model: Path, 
     assert main([*words[3:5], str(path), "--output_dir", str(out), "--minutes", "0.001"]) == 0
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 240) -> None:
     """Fails if the condition does not come true."""
     until = time.time() + seconds
     while not condition():
