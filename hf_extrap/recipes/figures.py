@@ -1,4 +1,4 @@
-"""Figures of one run and of a comparison; Matplotlib is imported when the first one is drawn."""
+"""Figures of one run; Matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -70,70 +70,6 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return [name for name, _, _ in panels]
-
-
-def draw_comparison(
-    lines: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
-    metric: str,
-    path: Path,
-    points: Mapping[str, Sequence[tuple[float, float, float]]],
-    target: float | None = None,
-) -> None:
-    """Draw presets against each other: the metric over the steps, and over the learning rate.
-
-    Args:
-        lines: for each preset, the histories of its seeds at its best learning rate; the mean is drawn, with the range
-            of the seeds behind it.
-        metric: key of the leading metric, without `eval_`.
-        path: PNG file to write.
-        points: for each preset, (learning rate, mean, standard deviation) of the final metric, finite values only.
-        target: value of the metric to mark.
-    """
-    from matplotlib.figure import Figure
-
-    several_rates = any(len(values) > 1 for values in points.values())
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    grid = figure.subplots(1, 2 if several_rates else 1, squeeze=False)[0]
-    for index, (preset, histories) in enumerate(lines.items()):
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        steps, low, mean, high = across_seeds([series(rows, f"eval_{metric}") for rows in histories])
-        if steps:
-            grid[0].plot(steps, mean, label=preset, markersize=4, linewidth=1.5, **style)
-            grid[0].fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        if several_rates and points.get(preset):
-            at, means, deviations = zip(*sorted(points[preset]), strict=True)
-            grid[1].errorbar(at, means, deviations, label=preset, capsize=3, markersize=5, linewidth=1.2, **style)
-    if target is not None:
-        grid[0].axhline(target, color="0.5", linestyle=":", linewidth=1)
-    for axes, label in zip(grid, ("step", "learning rate"), strict=False):
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"validation {spoken(metric)}")
-        finish(axes, logarithmic=metric == "perplexity")
-    if several_rates:
-        rates = sorted({rate for values in points.values() for rate, _, _ in values})
-        grid[1].set_xscale("log")
-        grid[1].set_xticks(rates, [f"{rate:g}" for rate in rates])
-        grid[1].set_xticks([], minor=True)
-    # Above the panels, where it can cover no curve.
-    handles, labels = grid[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-def across_seeds(
-    lines: Sequence[tuple[list[float], list[float]]],
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Steps that all lines have, and the smallest, mean and largest value at each."""
-    by_step: dict[float, list[float]] = {}
-    for steps, values in lines:
-        for step, value in zip(steps, values, strict=True):
-            by_step.setdefault(step, []).append(value)
-    # Where a seed is missing, the mean would jump.
-    steps = sorted(step for step, values in by_step.items() if len(values) == len(lines))
-    columns = [by_step[step] for step in steps]
-    return steps, [min(v) for v in columns], [sum(v) / len(v) for v in columns], [max(v) for v in columns]
 
 
 def _is_curve(line: tuple[list[float], list[float]]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 
-from hf_extrap.recipes.figures import COLOURS, draw_comparison, draw_curves, series
+from hf_extrap.recipes.figures import COLOURS, draw_curves, series
 
 ROWS = [
     *({"step": s, "loss": 5 - s / 10, "learning_rate": 0.1, "extrap/step_size": 0.02} for s in range(1, 11)),
@@ -50,14 +50,3 @@ def test_a_single_evaluation_has_no_panel(tmp_path: Path) -> None:
 def test_a_history_without_numbers_still_gives_a_figure(tmp_path: Path) -> None:
     assert draw_curves([], "bleu", tmp_path / "curves.png") == []
     assert (tmp_path / "curves.png").is_file()
-
-
-def test_a_comparison_draws_a_line_for_each_preset(tmp_path: Path) -> None:
-    lines = {
-        name: [[{"step": s, "eval_bleu": k + s + seed} for s in (1, 2, 3)] for seed in (0, 1)]
-        for k, name in enumerate(("none", "extrap"))
-    }
-    points = {"none": [(0.1, 1.0, 0.1), (0.2, 2.0, 0.1)], "extrap": [(0.1, 3.0, 0.2)]}
-    draw_comparison(lines, "bleu", tmp_path / "compare.png", points, target=2.5)
-    assert has_colour(tmp_path / "compare.png", COLOURS[0])
-    assert has_colour(tmp_path / "compare.png", COLOURS[1])

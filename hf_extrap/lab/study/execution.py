@@ -1,4 +1,4 @@
-"""One run of a study, in this process: trained, resumed or read back, and told in one row."""
+"""One run of a study, in this process: trained, resumed or read back, and recorded in one row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import gc
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_extrap.lab.study.folder import DROPPED
 from hf_extrap.lab.study.plan import Cell, Row
-from hf_extrap.lab.summary import gradients_per_step
+from hf_extrap.lab.study.statistics import gradients_per_step
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes.configuration import resolve
 from hf_extrap.recipes.run import run
@@ -23,7 +22,7 @@ from hf_extrap.recipes.run_folder import UNCOMPARED, RunFolder, versions
 
 
 class OutOfTime(Exception):
-    """The study's time is over; the run goes on, or begins again, in the next call."""
+    """The study's time is over; the next call resumes the run, or begins it again."""
 
 
 class Deadline(TrainerCallback):
@@ -37,35 +36,13 @@ class Deadline(TrainerCallback):
             raise OutOfTime
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a process needs to know to execute one run.
-
-    Attributes:
-        study: its name.
-        config: the recipe.
-        folder: where the run works.
-        command: what the user typed.
-    """
-
-    cell: Cell
-    study: str
-    config: Path
-    folder: Path
-    command: str
-
-    @property
-    def identity(self) -> Row:
-        """What a row of this run begins with, however the run ends."""
-        names = ("stage", "method", "workers", "trial", "point", "seed", "fingerprint")
-        return {"study": self.study, **{name: getattr(self.cell, name) for name in names}}
-
-
-def execute(job: Job, deadline: float | None = None) -> tuple[Row, list[dict[str, Any]]]:
-    """Train one run, or go on with it; an error becomes a row with the status `failed`.
+def execute(cell: Cell, folder: RunFolder, command: str, deadline: float | None = None) -> tuple[Row, list[Row]]:
+    """Train one run, or resume it; an error becomes a row with the status `failed`.
 
     Args:
-        job: the run.
+        cell: the run.
+        folder: where it works.
+        command: what the user typed.
         deadline: in seconds since the epoch.
 
     Returns:
@@ -75,42 +52,33 @@ def execute(job: Job, deadline: float | None = None) -> tuple[Row, list[dict[str
         OutOfTime: the deadline passed.
     """
     began = time.perf_counter()
-    folder = RunFolder(job.folder)
-    row = job.identity
-    history: list[dict[str, Any]] = []
+    row, history, given = cell.identity, [], {}
     try:
-        metrics, configuration = _metrics(job, folder, deadline)
+        configuration = resolve(cell.config, [*cell.words, f"--output_dir={folder.path}"])
+        if not folder.is_finished:
+            if folder.last_checkpoint() is not None:
+                configuration.training_arguments.resume_from_checkpoint = "true"
+            callbacks = [Deadline(deadline)] if deadline is not None else []
+            run(configuration, command, callbacks, print_logs=False)
+        # Read back, so that numbers that are not finite are null.
         history = folder.read_history()
-        row |= _measured(metrics, history)
+        row |= _measured(folder.read_metrics(), history)
+        given = {name: value for name, value in configuration.given.items() if name not in UNCOMPARED}
     except OutOfTime:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         told = " ".join(str(error).split())[:500]
-        configuration = {}
-        row |= {
-            "status": "failed",
-            "message": f"{type(error).__name__}: {told} ({Path(place.filename).name}, line {place.lineno})",
-        }
+        message = f"{type(error).__name__}: {told} ({Path(place.filename).name}, line {place.lineno})"
+        row |= {"status": "failed", "message": message}
     gc.collect()
     return row | {
         "wall_clock_seconds": round(time.perf_counter() - began, 3),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "configuration": {name: value for name, value in configuration.items() if name not in UNCOMPARED},
+        "configuration": given,
     }, history
-
-
-def _metrics(job: Job, folder: RunFolder, deadline: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    configuration = resolve(job.config, [*job.cell.words, f"--output_dir={folder.path}"])
-    if not folder.is_finished:
-        if folder.last_checkpoint() is not None:
-            configuration.training_arguments.resume_from_checkpoint = "true"
-        callbacks = [Deadline(deadline)] if deadline is not None else []
-        run(configuration, job.command, callbacks, print_logs=False)
-    # As they were written: numbers that are not finite are null.
-    return folder.read_metrics(), configuration.given
 
 
 def _measured(metrics: dict[str, Any], history: list[dict[str, Any]]) -> Row:

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_extrap.lab.study.plan import Row
+from hf_extrap.lab.study.specification import Study
 from hf_extrap.recipes.run_folder import RunFolder, plain, write_text
 
 ROWS_FILE, HISTORIES, RUNS, LOCK_FILE = "rows.jsonl", "histories", "runs", ".lock"
@@ -88,6 +89,11 @@ class StudyFolder:
     def run_folder(self, fingerprint: str) -> RunFolder:
         """Where a run works until it is done."""
         return RunFolder(self.path / RUNS / fingerprint)
+
+
+def study_folder(study: Study, output_dir: str | Path | None) -> StudyFolder:
+    """The given folder, or runs/study-<name>."""
+    return StudyFolder(Path(output_dir or Path("runs") / f"study-{study.name}"))
 
 
 def _compact(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from hf_extrap.lab.study.search import Point, corners, grid, suggest
@@ -32,27 +33,51 @@ class Cell:
     """One run of a study.
 
     Attributes:
+        study: name of the study.
         stage: `tune`, ranked on validation, or `final`, reported on test.
         trial: the number of the point among those of its method at its batch size.
         point: the searched fields.
-        words: `--field value …` over the recipe.
         fingerprint: of its resolved fields: rows are matched by it.
+        config: the recipe.
+        words: `--field value …` over the recipe.
     """
 
+    study: str
     stage: Literal["tune", "final"]
     method: str
     workers: int
     trial: int
     point: Point
     seed: int
-    words: tuple[str, ...] = field(repr=False)
     fingerprint: str
+    config: Path | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """The run, as the reader is told."""
+        """The run, as the progress shows it."""
         shown = ", ".join(f"{name} {_short(value)}" for name, value in self.point.items())
         return f"{self.stage} {self.method} × {self.workers} ({shown}; seed {self.seed})"
+
+    @property
+    def identity(self) -> Row:
+        """The fields that a row of this run begins with, whatever its status."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("config", "words")}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a method at a batch size, with its runs.
+
+    Attributes:
+        score: the mean validation metric of the runs that are done; infinitely bad if one of them diverged or failed.
+    """
+
+    number: int
+    point: Point
+    cells: list[Cell]
+    is_done: bool
+    score: float
 
 
 def fingerprint(given: Mapping[str, Any]) -> str:
@@ -67,13 +92,14 @@ class Chain:
     def __init__(self, study: Study, method: str, workers: int) -> None:
         self.study, self.method, self.workers = study, method, workers
         self.values = study.values(method, workers)
-        self._cells: dict[str, Cell] = {}
+        self._cells: dict[tuple[str, ...], Cell] = {}
         self._suggested: dict[tuple[float, ...], Point] = {}
-        recipe = read_mapping(study.config)
+        recipe = read_mapping(study.config) if study.config else {}
+        batch = next(batch for batch in study.batches if batch.workers == workers)
         self._fields = {
             **{name: value for name, value in DEFAULTS.items() if name not in recipe},
             **study.fields,
-            **study.batch(workers).fields,
+            **batch.fields,
             "extrap": method,
             **study.methods[method].fields,
         }
@@ -90,83 +116,79 @@ class Chain:
             ValueError: a field is unknown, or a value is not allowed.
         """
         points = grid(self.values) if self.study.search.kind == "grid" else corners(self.values)
+        seed = self.study.seeds[0]
         try:
-            return [self._resolve(point, self.study.seeds[0]) for point in points]
+            return [resolve(self.study.config, self._words(point, seed)) for point in points]
         except ValueError as error:
             raise ValueError(f"method {self.method!r} with {self.workers} workers: {error}") from error
 
-    def points(self, rows: Rows) -> list[Point]:
-        """The points that are known: all of a grid; of Optuna's, those that the rows hold, and one more."""
+    def trials(self, rows: Rows) -> list[Trial]:
+        """The trials that are known: all of a grid; of Optuna's, those that the rows hold, and one more."""
         if self.study.search.kind == "grid":
-            return grid(self.values)
-        points: list[Point] = []
+            return [self._trial(number, point, rows) for number, point in enumerate(grid(self.values))]
         recorded = self._recorded(rows)
-        earlier: list[tuple[Point, float]] = []
-        for number in range(self.study.search.trials):
-            point = recorded.get(number)
-            if point is None:
-                point = self._suggest(number, earlier, _greater_is_better(rows))
-            points.append(point)
-            cells = self.tuning(number, point)
-            if not all(cell.fingerprint in rows for cell in cells):
-                break
-            earlier.append((point, self.score(cells, rows)))
-        return points
+        trials: list[Trial] = []
+        while len(trials) < self.study.search.trials and all(trial.is_done for trial in trials):
+            point = recorded.get(len(trials)) or self._suggest(trials, _greater_is_better(rows))
+            trials.append(self._trial(len(trials), point, rows))
+        return trials
 
-    def _suggest(self, number: int, earlier: list[tuple[Point, float]], greater_is_better: bool) -> Point:
-        key = (number, *(score for _, score in earlier))
+    def _suggest(self, earlier: list[Trial], greater_is_better: bool) -> Point:
+        key = (len(earlier), *(trial.score for trial in earlier))
         if key not in self._suggested:
-            self._suggested[key] = suggest(self.values, earlier, self.study.search.seed + number, greater_is_better)
+            scored = [(trial.point, trial.score) for trial in earlier]
+            self._suggested[key] = suggest(
+                self.values, scored, self.study.search.seed + len(earlier), greater_is_better
+            )
         return self._suggested[key]
 
     def _recorded(self, rows: Rows) -> dict[int, Point]:
+        """The points of the rows: another release of Optuna would suggest others."""
         found = {}
         for row in rows.values():
             if (row["stage"], row["method"], row["workers"]) == ("tune", self.method, self.workers):
                 point, number = row["point"], row["trial"]
-                same = set(point) == set(self.values) and row["seed"] in self.study.tune_seeds
-                if same and self._cell("tune", number, point, row["seed"]).fingerprint == row["fingerprint"]:
-                    found[number] = point
+                if set(point) == set(self.values):
+                    if self._cell("tune", number, point, row["seed"]).fingerprint == row["fingerprint"]:
+                        found[number] = point
         return found
 
-    def tuning(self, number: int, point: Point) -> list[Cell]:
-        """The runs of one trial."""
-        return [self._cell("tune", number, point, seed) for seed in self.study.tune_seeds]
+    def _trial(self, number: int, point: Point, rows: Rows) -> Trial:
+        cells = [self._cell("tune", number, point, seed) for seed in self.study.tune_seeds]
+        done = [rows[cell.fingerprint] for cell in cells if cell.fingerprint in rows]
+        score = -math.inf if _greater_is_better(rows) else math.inf
+        if done and all(row["status"] == "finished" for row in done):
+            score = sum(row["validation"][row["metric"]] for row in done) / len(done)
+        return Trial(number, point, cells, len(done) == len(cells), score)
+
+    def best(self, rows: Rows) -> Trial | None:
+        """The best trial, or None while trials are missing, and if every one diverged or failed."""
+        trials = self.trials(rows)
+        if sum(trial.is_done for trial in trials) < self.study.search.trials:
+            return None
+        if not self.study.tune_seeds:
+            return trials[0]
+        sign = -1 if _greater_is_better(rows) else 1
+        finite = [trial for trial in trials if math.isfinite(trial.score)]
+        return min(finite, key=lambda trial: sign * trial.score, default=None)
+
+    def is_hopeless(self, rows: Rows) -> bool:
+        """Whether all its trials are done and every one diverged or failed: no run is left."""
+        done = sum(trial.is_done for trial in self.trials(rows))
+        return done == self.study.search.trials and self.best(rows) is None
+
+    def left(self, rows: Rows) -> int:
+        """How many runs are still to do."""
+        cells = self.cells(rows)
+        total = len(cells) if self.is_hopeless(rows) else self.size
+        return total - sum(cell.fingerprint in rows for cell in cells)
 
     def cells(self, rows: Rows) -> list[Cell]:
         """The runs that are known: the trials, and once they are done the final runs of the best one."""
-        points = self.points(rows)
-        tuning = [cell for number, point in enumerate(points) for cell in self.tuning(number, point)]
-        best = self.best(rows)
-        return tuning + ([self._cell("final", *best, seed) for seed in self.study.seeds] if best else [])
-
-    def is_tuned(self, rows: Rows) -> bool:
-        """Whether all its trials are done."""
-        points = self.points(rows)
-        done = all(cell.fingerprint in rows for n, point in enumerate(points) for cell in self.tuning(n, point))
-        return done and len(points) == self.study.search.trials
-
-    def best(self, rows: Rows) -> tuple[int, Point] | None:
-        """The best trial, or None while trials are missing, and if every one diverged or failed."""
-        if not self.is_tuned(rows):
-            return None
-        scores = [(self.score(self.tuning(n, point), rows), n, point) for n, point in enumerate(self.points(rows))]
-        finite = [entry for entry in scores if math.isfinite(entry[0])]
-        if not finite:
-            return None
-        sign = -1 if _greater_is_better(rows) else 1
-        _, number, point = min(finite, key=lambda entry: sign * entry[0])
-        return number, point
-
-    def score(self, cells: list[Cell], rows: Rows) -> float:
-        """The mean validation metric of runs that are done; infinitely bad if one of them diverged or failed."""
-        found = [rows[cell.fingerprint] for cell in cells]
-        if any(row["status"] != "finished" for row in found):
-            return -math.inf if _greater_is_better(rows) else math.inf
-        return sum(row["validation"][row["metric"]] for row in found) / len(found)
-
-    def _resolve(self, point: Point, seed: int) -> Configuration:
-        return resolve(self.study.config, self._words(point, seed))
+        tuning = [cell for trial in self.trials(rows) for cell in trial.cells]
+        if (best := self.best(rows)) is None:
+            return tuning
+        return tuning + [self._cell("final", best.number, best.point, seed) for seed in self.study.seeds]
 
     def _words(self, point: Point, seed: int) -> tuple[str, ...]:
         fields = {**self._fields, **point}
@@ -176,11 +198,13 @@ class Chain:
         return tuple(to_words({**fields, **own}))
 
     def _cell(self, stage: Literal["tune", "final"], number: int, point: Point, seed: int) -> Cell:
-        words = self._words(point, seed)
-        key = f"{stage} {number} {' '.join(words)}"
+        study, words = self.study, self._words(point, seed)
+        key = (stage, str(number), *words)
         if key not in self._cells:
-            given = resolve(self.study.config, words).given
-            self._cells[key] = Cell(stage, self.method, self.workers, number, point, seed, words, fingerprint(given))
+            given = fingerprint(resolve(study.config, words).given)
+            self._cells[key] = Cell(
+                study.name, stage, self.method, self.workers, number, point, seed, given, study.config, words
+            )
         return self._cells[key]
 
 
@@ -227,13 +251,7 @@ class Plan:
 
     def left(self, rows: Rows) -> int:
         """How many runs are still to do, those included that are not known yet."""
-        known = sum(cell.fingerprint not in rows for cell in self.cells(rows))
-        unknown = sum(
-            chain.size - len(chain.cells(rows))
-            for chain in self.chains
-            if not (chain.is_tuned(rows) and chain.best(rows) is None)
-        )
-        return known + unknown
+        return sum(chain.left(rows) for chain in self.chains)
 
 
 def _greater_is_better(rows: Rows) -> bool:

@@ -9,28 +9,25 @@ from typing import Any
 from rich.console import Console
 
 from hf_extrap.lab.study.figures import draw
+from hf_extrap.lab.study.folder import study_folder
 from hf_extrap.lab.study.plan import Plan
-from hf_extrap.lab.study.results import (
-    PERFECT_SCALING_MARGIN,
-    Entry,
-    Results,
-    gather,
-    largest_scaling_batch,
-    worker_words,
-)
-from hf_extrap.lab.study.runner import study_folder
-from hf_extrap.lab.study.specification import read_study
+from hf_extrap.lab.study.results import PERFECT_SCALING_MARGIN, Entry, Results, gather, worker_words
+from hf_extrap.lab.study.specification import Study, read_study
 from hf_extrap.lab.study.statistics import Estimate
-from hf_extrap.lab.summary import plus_minus
 from hf_extrap.recipes.figures import spoken
 from hf_extrap.recipes.run_folder import plain, versions, write_json, write_text
 from hf_extrap.recipes.tables import make_table
 
 REPORT_FILE, SUMMARY_FILE = "report.md", "summary.json"
 
+INTERVAL = "95 % interval"
+
+Table = list[list[tuple[str, str]]]
+"""Rows of cells, each a column's title and its text."""
+
 
 def report_study(
-    path: str | Path,
+    study: str | Path | Study,
     output_dir: str | Path | None = None,
     command: str = "hf-extrap study report",
     console: Console | None = None,
@@ -38,137 +35,116 @@ def report_study(
     """Print the report of what is done of a study, and write report.md, summary.json and the figures.
 
     Args:
-        path: the study's file.
+        study: the study, or its file.
         output_dir: the study's folder; default runs/study-<name>.
-        command: what the user typed, for the record.
+        command: the command line, for the record.
         console: where to print; default: standard output.
 
     Raises:
         ValueError: no run of the study is done, or its file is not allowed.
         FileNotFoundError: the study or its recipe is missing.
     """
-    plan = Plan(read_study(path))
+    plan = Plan(study if isinstance(study, Study) else read_study(study))
     folder = study_folder(plan.study, output_dir)
     results = gather(plan, folder)
-    figures = draw(plan, results, folder.path)
-    write_json(folder.path / SUMMARY_FILE, summary(plan, results))
-    write_text(folder.path / REPORT_FILE, markdown(plan, results, figures, command))
+    figures = draw(results, folder.path)
+    write_json(folder.path / SUMMARY_FILE, summary(results))
+    write_text(folder.path / REPORT_FILE, markdown(results, figures, command))
     console = console or Console()
     # Narrower than this the columns of numbers are folded beyond reading.
     console.width = max(console.width, 120)
-    for title, tables in _sections(plan, results):
+    for title, tables in _sections(results):
         console.print(f"\n{title}", style="bold", highlight=False)
-        for columns, rows in tables:
-            console.print(make_table(None, columns, rows))
-    for sentence in _sentences(plan, results):
+        for table in tables:
+            console.print(make_table(None, *_split(table)))
+    for sentence in _sentences(results):
         console.print(sentence, style="dim", soft_wrap=True, highlight=False)
-    for name in (REPORT_FILE, SUMMARY_FILE, *(name for name, _ in figures)):
+    for name in (REPORT_FILE, SUMMARY_FILE, *figures):
         console.print(str(folder.path / name), soft_wrap=True, highlight=False)
     return results
 
 
-Table = tuple[list[str], list[list[str]]]
+def _split(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and the rows of texts."""
+    return [title for title, _ in table[0]], [[text for _, text in row] for row in table]
 
 
-def _sections(plan: Plan, results: Results) -> list[tuple[str, list[Table]]]:
-    """A heading and tables for each batch size: how good, at what price, and, where it was measured, how sharp."""
+def _sections(results: Results) -> list[tuple[str, list[Table]]]:
+    """A heading and tables for each batch size: quality, cost and, where it was measured, sharpness."""
     found = []
-    for batch in plan.study.batches:
+    for batch in results.study.batches:
         entries = [entry for entry in results.entries if entry.workers == batch.workers]
         size = next((entry.batch_size for entry in entries if entry.batch_size is not None), None)
-        title = worker_words(batch.workers) + (f", batch size {size:,.0f}" if size else "")
-        tables = [_quality(plan, results, entries), _price(plan, results, entries)]
+        tables = [[_quality(results, entry) for entry in entries], [_cost(results, entry) for entry in entries]]
         if any(entry.sharpness for entry in entries):
-            tables.append(_sharpness(plan, entries))
-        found.append((title, tables))
+            tables.append([_sharpness(results, entry) for entry in entries])
+        if entries:
+            found.append((worker_words(batch.workers) + (f", batch size {size:,.0f}" if size else ""), tables))
     return found
 
 
-def _quality(plan: Plan, results: Results, entries: list[Entry]) -> Table:
-    baseline = plan.study.baseline
-    columns = ["method", "best settings", f"{results.split} {spoken(results.metric)}", "95 % interval"]
-    columns += [f"minus {baseline}", "95 % interval", "gap closed"] if baseline else []
+def _quality(results: Results, entry: Entry) -> list[tuple[str, str]]:
     # A loss differs in digits that a perplexity or an accuracy does not have.
     digits = ".3f" if results.metric == "loss" else ".2f"
-    signed = f"+{digits}"
-    rows = []
-    for entry in entries:
-        row = [entry.method, _settings(entry), _score(entry, digits), _interval(entry.test, digits)]
-        if baseline:
-            row += [_plus_minus(entry.difference, signed), _interval(entry.difference, signed)]
-            row.append(_closed(entry.gap_closed))
-        rows.append(row)
-    return columns, rows
-
-
-def _price(plan: Plan, results: Results, entries: list[Entry]) -> Table:
-    columns = ["method"] + (["steps to target", "gradients", "seconds", "of perfect"] if results.target else [])
-    columns += ["seconds a step", *(["relative"] if plan.study.baseline else [])]
-    columns += ["trials", "diverged", "largest rate"]
-    rows = []
-    for entry in entries:
-        row = [entry.method]
-        if results.target:
-            row += [_to_target(entry, name) for name in ("steps", "gradients", "seconds")]
-            row.append("–" if entry.scaling is None else f"{100 * entry.scaling:.0f} %")
-        row.append(_number(entry.seconds_per_step, ".3f"))
-        if plan.study.baseline:
-            row.append(_number(entry.relative_seconds, ".2f"))
-        row += [f"{len(entry.trials)}/{entry.trials_planned}", str(entry.diverged_trials)]
-        rows.append([*row, _number(entry.largest_learning_rate, ".3g")])
-    return columns, rows
-
-
-def _sharpness(plan: Plan, entries: list[Entry]) -> Table:
-    baseline = plan.study.baseline
-    columns = ["method", "sharpness at the end", "95 % interval"]
-    columns += [f"minus {baseline}", "95 % interval"] if baseline else []
-    rows = []
-    for entry in entries:
-        row = [entry.method, _plus_minus(entry.sharpness, ".2f"), _interval(entry.sharpness, ".2f")]
-        if baseline:
-            difference = entry.sharpness_difference
-            row += [_plus_minus(difference, "+.2f"), _interval(difference, "+.2f")]
-        rows.append(row)
-    return columns, rows
-
-
-def _closed(share: float | None) -> str:
-    """A gap closed in per cent; a method that is ten gaps worse or more is told as that."""
-    if share is None:
-        return "–"
-    return "under −1,000 %" if share < -10 else f"{100 * share:.0f} %"
-
-
-def _settings(entry: Entry) -> str:
-    if entry.point is None:
-        return "–"
-    return ", ".join(
+    settings = [
         f"{name.removeprefix('extrap_')} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in entry.point.items()
-    )
-
-
-def _score(entry: Entry, digits: str) -> str:
-    lost = len(entry.finals) - len(entry.finished)
+        for name, value in (entry.point or {}).items()
+    ]
+    lost, done, planned = len(entry.finals) - len(entry.finished), len(entry.finished), entry.seeds_planned
+    score = _plus_minus(entry.test, digits)
     if entry.test is None:
-        return "diverged" if lost else "–"
-    word = _plus_minus(entry.test, digits)
-    counts = f"{len(entry.finished)}/{entry.seeds_planned} seeds" + (f", {lost} diverged or failed" if lost else "")
-    return word if len(entry.finished) == entry.seeds_planned else f"{word} ({counts})"
+        score = "diverged" if lost else "–"
+    elif done < planned:
+        score += f" ({done}/{planned} seeds{f', {lost} diverged or failed' if lost else ''})"
+    row = [
+        ("method", entry.method),
+        ("best settings", ", ".join(settings) or "–"),
+        (f"{results.split} {spoken(results.metric)}", score),
+        (INTERVAL, _interval(entry.test, digits)),
+    ]
+    if baseline := results.study.baseline:
+        row += _difference(baseline, entry.difference, f"+{digits}")
+        # A method that is ten gaps worse or more is shown as that.
+        share = entry.gap_closed
+        row.append(("gap closed", "under −1,000 %" if share is not None and share < -10 else _number(share, ".0%")))
+    return row
 
 
-def _to_target(entry: Entry, name: str) -> str:
-    found = entry.to_target.get(name)
-    if found is None:
-        return "not reached" if name == "steps" and entry.finals else "–"
-    word = _plus_minus(found, ",.0f")
-    partly = name == "steps" and found.count < entry.seeds_planned
-    return word + (f" ({found.count}/{entry.seeds_planned} seeds)" if partly else "")
+def _cost(results: Results, entry: Entry) -> list[tuple[str, str]]:
+    row = [("method", entry.method)]
+    if results.target:
+        steps = entry.to_target.get("steps")
+        found = {name: _plus_minus(entry.to_target.get(name), ",.0f") for name in ("steps", "gradients", "seconds")}
+        if steps is None and entry.finals:
+            found["steps"] = "not reached"
+        elif steps is not None and entry.reached_by_all is None:
+            found["steps"] += f" ({steps.count}/{entry.seeds_planned} seeds)"
+        row += [("steps to target", found["steps"]), ("gradients", found["gradients"]), ("seconds", found["seconds"])]
+        row.append(("of perfect", _number(entry.scaling, ".0%")))
+    row.append(("seconds a step", _number(entry.seconds_per_step, ".3f")))
+    if results.study.baseline:
+        row.append(("relative", _number(entry.relative_seconds, ".2f")))
+    row += [("trials", f"{len(entry.trials)}/{entry.trials_planned}"), ("diverged", str(entry.diverged_trials))]
+    return [*row, ("largest rate", _number(entry.largest_learning_rate, ".3g"))]
+
+
+def _sharpness(results: Results, entry: Entry) -> list[tuple[str, str]]:
+    row = [("method", entry.method), ("sharpness at the end", _plus_minus(entry.sharpness, ".2f"))]
+    row.append((INTERVAL, _interval(entry.sharpness, ".2f")))
+    if baseline := results.study.baseline:
+        row += _difference(baseline, entry.sharpness_difference, "+.2f")
+    return row
+
+
+def _difference(baseline: str, found: Estimate | None, form: str) -> list[tuple[str, str]]:
+    return [(f"minus {baseline}", _plus_minus(found, form)), (INTERVAL, _interval(found, form))]
 
 
 def _plus_minus(found: Estimate | None, form: str) -> str:
-    return "–" if found is None else plus_minus(found.mean, found.std, form)
+    """`mean ± standard deviation`; a sign that `form` asks for is the mean's alone."""
+    if found is None:
+        return "–"
+    return format(found.mean, form) + ("" if found.std is None else f" ± {found.std:{form.removeprefix('+')}}")
 
 
 def _interval(found: Estimate | None, form: str) -> str:
@@ -176,18 +152,21 @@ def _interval(found: Estimate | None, form: str) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else format(value, form).replace("%", " %")
 
 
-def _sentences(plan: Plan, results: Results) -> list[str]:
+def _sentences(results: Results) -> list[str]:
     """What the numbers are, and what is missing."""
-    study = plan.study
+    study = results.study
     better = "higher" if results.greater_is_better else "lower"
+    tuned = (
+        f", each method at the best of {study.search.trials} trials by validation ({study.search.kind}, seeds "
+        f"{', '.join(map(str, study.tune_seeds))})"
+    )
     found = [
         f"{results.split.capitalize()} {spoken(results.metric)} ({better} is better), mean ± standard deviation over "
-        f"seeds {', '.join(map(str, study.seeds))}, each method at the best of {study.search.trials} trials by "
-        f"validation ({study.search.kind}, seeds {', '.join(map(str, study.tune_seeds))}); intervals are "
-        "percentile bootstraps over seeds."
+        f"seeds {', '.join(map(str, study.seeds))}{tuned if study.tune_seeds else ''}; intervals are percentile "
+        "bootstraps over seeds."
     ]
     if study.reference and study.baseline:
         found.append(
@@ -195,10 +174,10 @@ def _sentences(plan: Plan, results: Results) -> list[str]:
             f"{worker_words(study.reference.workers)}), all tuned; none where there is no gap."
         )
     if results.target is not None:
-        within = ", ".join(f"{method} {batch:,.0f}" for method, batch in largest_scaling_batch(results).items())
+        within = ", ".join(f"{method} {batch:,.0f}" for method, batch in results.largest_scaling_batch.items())
         found.append(
             f"Target: validation {spoken(results.target_metric or '')} {results.target:.4g}, read from evaluations "
-            f"during training; seconds are of training steps alone. Largest batch within "
+            "during training; seconds are of training steps alone. Largest batch within "
             f"{100 * (PERFECT_SCALING_MARGIN - 1):.0f} % of perfect scaling: {within or 'none'}."
         )
     elif study.target is not None:
@@ -214,44 +193,33 @@ def _sentences(plan: Plan, results: Results) -> list[str]:
     return found
 
 
-def markdown(plan: Plan, results: Results, figures: list[tuple[str, str]], command: str) -> str:
-    """The content of report.md."""
-    lines = [f"# {plan.study.name.replace('_', ' ').capitalize()}", ""]
-    lines += [text for sentence in _sentences(plan, results) for text in (sentence, "")]
-    for title, tables in _sections(plan, results):
+def markdown(results: Results, figures: dict[str, str], command: str) -> str:
+    """The content of report.md; `figures` holds the caption of each file."""
+    lines = [f"# {results.study.name.replace('_', ' ').capitalize()}", ""]
+    lines += [text for sentence in _sentences(results) for text in (sentence, "")]
+    for title, tables in _sections(results):
         lines += [f"## {title[:1].upper()}{title[1:]}", ""]
-        for columns, rows in tables:
+        for columns, rows in map(_split, tables):
             lines += [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
             lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    for name, caption in figures:
+    for name, caption in figures.items():
         lines += [f"![{caption}]({name})", "", caption, ""]
-    used = ", ".join(f"{name} {version}" for name, version in _versions(results).items())
-    return "\n".join([*lines, f"Command: `{command}`. Versions of the runs: {used}.", ""])
+    # Each library's version in the rows, all of them where they differ.
+    found = [row["versions"] for e in results.entries for row in [*e.tuning, *e.finals] if row.get("versions")]
+    names = list(found[0]) if found else []
+    used = [f"{name} {' / '.join(sorted({of_run.get(name, '?') for of_run in found}))}" for name in names]
+    return "\n".join([*lines, f"Command: `{command}`. Versions of the runs: {', '.join(used)}.", ""])
 
 
-def _versions(results: Results) -> dict[str, str]:
-    """Each library's version in the rows, all of them where they differ."""
-    rows = [row for entry in results.entries for row in [*entry.tuning, *entry.finals] if row.get("versions")]
-    names = list(rows[0]["versions"]) if rows else []
-    return {name: " / ".join(sorted({row["versions"].get(name, "?") for row in rows})) for name in names}
-
-
-def summary(plan: Plan, results: Results) -> dict[str, Any]:
+def summary(results: Results) -> dict[str, Any]:
     """The content of summary.json."""
     entries = []
     for entry in results.entries:
-        fields = {
-            f.name: getattr(entry, f.name)
-            for f in dataclasses.fields(entry)
-            if f.name not in ("tuning", "finals", "histories", "trials")
-        }
+        content = dataclasses.asdict(entry)
+        for name in ("tuning", "finals", "histories", "trials"):
+            del content[name]
         entries.append(
-            {
-                name: {key: _estimate(item) for key, item in value.items()}
-                if isinstance(value, dict) and name == "to_target"
-                else _estimate(value)
-                for name, value in fields.items()
-            }
+            content
             | {
                 "trials": [{"point": point, "score": score} for point, score in entry.trials],
                 "seeds_finished": len(entry.finished),
@@ -264,14 +232,10 @@ def summary(plan: Plan, results: Results) -> dict[str, Any]:
     names = ("metric", "greater_is_better", "split", "target_metric", "target", "missing", "left", "size")
     return plain(
         {
-            "study": plan.study.name,
+            "study": results.study.name,
             **{name: getattr(results, name) for name in names},
-            "largest_batch_within_perfect_scaling": dict(largest_scaling_batch(results)),
+            "largest_batch_within_perfect_scaling": results.largest_scaling_batch,
             "entries": entries,
             "versions": versions(),
         }
     )
-
-
-def _estimate(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, Estimate) else value

@@ -1,17 +1,22 @@
-"""What the rows of a study say: each method at each batch size, at its best settings, over the seeds."""
+"""Results of a study: each method at each batch size, at its best settings, over the seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hf_extrap.lab.study.folder import StudyFolder
-from hf_extrap.lab.study.plan import Cell, Chain, Plan, Row, Rows
+from hf_extrap.lab.study.plan import Chain, Plan, Row, Rows
 from hf_extrap.lab.study.search import Point
-from hf_extrap.lab.study.statistics import Estimate, estimate, gap_closed, paired_difference
-from hf_extrap.lab.summary import gradients_per_step, steps_to
+from hf_extrap.lab.study.specification import Reference, Study
+from hf_extrap.lab.study.statistics import (
+    Estimate,
+    estimate,
+    gap_closed,
+    gradients_per_step,
+    paired_difference,
+    steps_to,
+)
 from hf_extrap.optim.config import ExtrapConfig
 
 PERFECT_SCALING_MARGIN = 1.2
@@ -28,9 +33,7 @@ class Entry:
     Attributes:
         trials: the mean validation score of each trial that is done, infinite if it diverged or failed.
         finals: the rows of the reported seeds that are done; `histories` are theirs.
-        point: the best trial's settings; None while tuning goes on, and if no trial trained.
-        largest_learning_rate: the largest that was tried and still trained: no seed diverged, and the validation loss
-            ended below the first training loss.
+        point: the best trial's settings; None while trials are missing, and if no trial trained.
         to_target: estimates of `steps`, `gradients` and `seconds` over the seeds that reached the target.
         scaling: steps that perfect scaling from the reference would take, over steps to the target.
         sharpness: the largest Hessian eigenvalue where training ended, as it was last logged; None if it never was.
@@ -42,7 +45,7 @@ class Entry:
     trials: list[tuple[Point, float]]
     tuning: list[Row]
     finals: list[Row]
-    histories: list[list[dict[str, Any]]]
+    histories: list[list[Row]]
     trials_planned: int
     seeds_planned: int
     point: Point | None
@@ -70,12 +73,14 @@ class Entry:
 
     @property
     def largest_learning_rate(self) -> float | None:
-        """The largest peak learning rate of a trial that still trained; None if none did."""
-        groups: dict[float, list[bool]] = {}
-        for row in self.tuning:
-            if row["status"] != "failed":
-                groups.setdefault(row["peak_learning_rate"], []).append(_trained(row))
-        return max((rate for rate, trained in groups.items() if any(trained)), default=None)
+        """The largest peak learning rate of a tuning run that ended below its first loss; None if none did."""
+        return max((row["peak_learning_rate"] for row in self.tuning if _trained(row)), default=None)
+
+    @property
+    def reached_by_all(self) -> Estimate | None:
+        """Steps to the target, if every seed reached it."""
+        steps = self.to_target.get("steps")
+        return steps if steps is not None and steps.count == self.seeds_planned else None
 
     def scores(self, split: str) -> dict[int, float]:
         """The leading metric of each seed that finished."""
@@ -96,11 +101,14 @@ class Results:
     """A study's entries, in the order of its file, and what they are measured with.
 
     Attributes:
-        metric: the leading metric; `split` the one that is reported: test, or validation where there is none.
+        metric: the leading metric.
+        split: the one that is reported: test, or validation where there is none.
         target: the value of `target_metric` that the steps are counted to; None if there is none, or not yet.
         missing: what is not done yet, a sentence part for each method and batch size.
+        left, size: how many runs are to do, and how many there are in the end.
     """
 
+    study: Study
     entries: list[Entry]
     metric: str
     greater_is_better: bool
@@ -115,6 +123,35 @@ class Results:
         """One method at one batch size."""
         return next((e for e in self.entries if (e.method, e.workers) == (method, workers)), None)
 
+    def of(self, reference: Reference | None) -> Entry | None:
+        """The entry that a study's file refers to."""
+        return self.entry(reference.method, reference.workers) if reference else None
+
+    @property
+    def target_is_greater(self) -> bool:
+        """Whether larger values of the target's metric are better."""
+        return self.greater_is_better and self.target_metric not in ("loss", "perplexity")
+
+    @property
+    def scaling_start(self) -> tuple[float, float] | None:
+        """Batch size and steps of the reference, where all its seeds reached the target: the start of perfect scaling.
+
+        From there on, twice the batch would take half the steps.
+        """
+        entry = self.of(self.study.reference)
+        if entry is None or entry.batch_size is None or entry.reached_by_all is None:
+            return None
+        return entry.batch_size, entry.reached_by_all.mean
+
+    @property
+    def largest_scaling_batch(self) -> dict[str, float]:
+        """For each method, the largest batch that takes at most `PERFECT_SCALING_MARGIN` times the perfect steps."""
+        found: dict[str, float] = {}
+        for entry in self.entries:
+            if entry.scaling is not None and entry.batch_size and entry.scaling * PERFECT_SCALING_MARGIN >= 1:
+                found[entry.method] = max(found.get(entry.method, 0.0), entry.batch_size)
+        return found
+
 
 def worker_words(workers: int) -> str:
     """`1 worker`, `8 workers`."""
@@ -127,56 +164,49 @@ def gather(plan: Plan, folder: StudyFolder) -> Results:
     Raises:
         ValueError: no run is.
     """
-    study = plan.study
-    rows = folder.read()
+    study, rows = plan.study, folder.read()
     if not any(cell.fingerprint in rows for cell in plan.cells(rows)):
         raise ValueError(f"{folder.path} holds no run of this study yet; `hf-extrap study run` makes them.")
-    measured = [row for row in rows.values() if row.get("metric")]
-    metric = measured[0]["metric"] if measured else "loss"
-    greater = bool(measured and measured[0]["greater_is_better"])
+    unknown: Row = {"metric": "loss", "greater_is_better": False}
+    measured = next((row for row in rows.values() if row.get("metric")), unknown)
     entries = [_entry(chain, rows, folder) for chain in plan.chains]
     split = "test" if all(row["test"] for entry in entries for row in entry.finished) else "validation"
-    results = Results(entries, metric, greater, split, None, None, _missing(entries), plan.left(rows), plan.size)
+    metric, greater = measured["metric"], measured["greater_is_better"]
+    results = Results(study, entries, metric, greater, split, None, None, _missing(entries), plan.left(rows), plan.size)
     for entry in entries:
         entry.test = estimate(list(entry.scores(split).values()))
         entry.validation = estimate(list(entry.scores("validation").values()))
         entry.sharpness = estimate(list(entry.sharpness_by_seed().values()))
     if study.target is not None:
-        results.target_metric = study.target.metric.removeprefix("eval_")
-        results.target = _target(plan, results)
+        results.target_metric = (study.target.metric or metric).removeprefix("eval_")
+        results.target = _target(results)
     for entry in entries:
-        _compare(entry, results, plan)
-    _scaling(results, plan)
+        _compare(entry, results)
+    for entry in entries:
+        if (start := results.scaling_start) and entry.batch_size and (steps := entry.reached_by_all):
+            entry.scaling = start[0] * start[1] / (entry.batch_size * steps.mean)
     return results
 
 
 def _entry(chain: Chain, rows: Rows, folder: StudyFolder) -> Entry:
-    points = chain.points(rows)
-    done = [(point, chain.tuning(number, point)) for number, point in enumerate(points)]
-    complete = [(point, cells) for point, cells in done if all(cell.fingerprint in rows for cell in cells)]
-    best = chain.best(rows)
-    cells = chain.cells(rows)
-    finals = _rows([cell for cell in cells if cell.stage == "final"], rows)
-    tuning = _rows([cell for cell in cells if cell.stage == "tune"], rows)
-    batches = [row["batch_size"] for row in [*finals, *tuning] if "batch_size" in row]
+    def done(stage: str) -> list[Row]:
+        return [rows[c.fingerprint] for c in chain.cells(rows) if c.stage == stage and c.fingerprint in rows]
+
+    best, finals, tuning = chain.best(rows), done("final"), done("tune")
     paces = [row["seconds_per_step"] for row in finals if row.get("seconds_per_step")]
     return Entry(
         chain.method,
         chain.workers,
-        [(point, chain.score(cells, rows)) for point, cells in complete],
+        [(trial.point, trial.score) for trial in chain.trials(rows) if trial.is_done],
         tuning,
         finals,
         [folder.history(row["fingerprint"]) for row in finals],
         chain.study.search.trials,
         len(chain.study.seeds),
-        best[1] if best else None,
-        batch_size=batches[0] if batches else None,
+        best.point if best else None,
+        batch_size=next((row["batch_size"] for row in [*finals, *tuning] if "batch_size" in row), None),
         seconds_per_step=sum(paces) / len(paces) if paces else None,
     )
-
-
-def _rows(cells: list[Cell], rows: Rows) -> list[Row]:
-    return [rows[cell.fingerprint] for cell in cells if cell.fingerprint in rows]
 
 
 def _trained(row: Row) -> bool:
@@ -201,90 +231,45 @@ def _missing(entries: list[Entry]) -> list[str]:
     return found
 
 
-def _target(plan: Plan, results: Results) -> float | None:
-    target = plan.study.target
+def _target(results: Results) -> float | None:
+    target, name = results.study.target, results.target_metric
     assert target is not None
     if target.from_ is None:
         return target.value
-    entry = results.entry(target.from_.method, target.from_.workers)
-    name = results.target_metric
+    entry = results.of(target.from_)
     if entry is None or len(entry.finished) < entry.seeds_planned:
         return None
     values = [row["validation"].get(name) for row in entry.finished]
     if None in values:
         raise ValueError(f"target.metric is {target.metric!r}; allowed: {', '.join(entry.finished[0]['validation'])}.")
     mean = sum(values) / len(values)
-    slack = abs(mean) * target.slack
-    return mean - slack if target_is_greater(results) else mean + slack
+    return mean + abs(mean) * target.slack * (-1 if results.target_is_greater else 1)
 
 
-def target_is_greater(results: Results) -> bool:
-    """Whether larger values of the target's metric are better."""
-    return results.greater_is_better and results.target_metric not in ("loss", "perplexity")
-
-
-def _compare(entry: Entry, results: Results, plan: Plan) -> None:
-    study = plan.study
-    baseline = results.entry(study.baseline, entry.workers)
-    if baseline is not None:
-        if baseline is not entry:
-            entry.difference = paired_difference(entry.scores(results.split), baseline.scores(results.split))
-            entry.sharpness_difference = paired_difference(entry.sharpness_by_seed(), baseline.sharpness_by_seed())
-        if entry.seconds_per_step and baseline.seconds_per_step:
-            entry.relative_seconds = entry.seconds_per_step / baseline.seconds_per_step
-    reference = results.entry(study.reference.method, study.reference.workers) if study.reference else None
-    if entry.test and baseline and baseline.test and reference and reference.test and baseline is not entry:
-        entry.gap_closed = gap_closed(
-            entry.test.mean, baseline.test.mean, reference.test.mean, results.greater_is_better
-        )
+def _compare(entry: Entry, results: Results) -> None:
+    """Fill in what an entry is beside the baseline and the reference, and its cost to the target."""
+    baseline = results.entry(results.study.baseline, entry.workers)
+    reference = results.of(results.study.reference)
+    if baseline is not None and entry.seconds_per_step and baseline.seconds_per_step:
+        entry.relative_seconds = entry.seconds_per_step / baseline.seconds_per_step
+    if baseline is not None and baseline is not entry:
+        entry.difference = paired_difference(entry.scores(results.split), baseline.scores(results.split))
+        entry.sharpness_difference = paired_difference(entry.sharpness_by_seed(), baseline.sharpness_by_seed())
+        if entry.test and baseline.test and reference and reference.test:
+            means = entry.test.mean, baseline.test.mean, reference.test.mean
+            entry.gap_closed = gap_closed(*means, results.greater_is_better)
     if results.target is not None and entry.finals:
-        found = [_to_target(row, history, results) for row, history in zip(entry.finals, entry.histories, strict=True)]
+        costs = [_cost(row, history, results) for row, history in zip(entry.finals, entry.histories, strict=True)]
         for index, name in enumerate(("steps", "gradients", "seconds")):
-            entry.to_target[name] = estimate([reached[index] for reached in found if reached is not None])
+            entry.to_target[name] = estimate([cost[index] for cost in costs if cost is not None])
 
 
-def _to_target(row: Row, history: list[dict[str, Any]], results: Results) -> tuple[float, float, float] | None:
-    if row["status"] != "finished" or results.target is None or results.target_metric is None:
-        return None
-    steps = steps_to(results.target, history, results.target_metric, target_is_greater(results))
-    if steps is None:
+def _cost(row: Row, history: list[Row], results: Results) -> tuple[float, float, float] | None:
+    """Steps, gradients and seconds of one run to the target; None if it does not reach it."""
+    assert results.target is not None and results.target_metric is not None
+    steps = steps_to(results.target, history, results.target_metric, results.target_is_greater)
+    if row["status"] != "finished" or steps is None:
         return None
     gradients = steps * gradients_per_step(ExtrapConfig.from_dict(row["extrap"]), steps)
     seconds = row["seconds_per_step"]
-    return steps, gradients, steps * seconds if seconds is not None else math.nan
-
-
-def reached(entry: Entry) -> int:
-    """How many seeds reached the target."""
-    steps = entry.to_target.get("steps")
-    return steps.count if steps else 0
-
-
-def scaling_start(results: Results, plan: Plan) -> tuple[float, float] | None:
-    """Batch size and steps of the reference, where all its seeds reached the target: the start of perfect scaling.
-
-    From there on, twice the batch would take half the steps.
-    """
-    reference = plan.study.reference
-    entry = results.entry(reference.method, reference.workers) if reference else None
-    steps = entry.to_target.get("steps") if entry else None
-    if entry is None or steps is None or entry.batch_size is None or steps.count < entry.seeds_planned:
-        return None
-    return entry.batch_size, steps.mean
-
-
-def _scaling(results: Results, plan: Plan) -> None:
-    start = scaling_start(results, plan)
-    for entry in results.entries:
-        steps = entry.to_target.get("steps")
-        if steps and start and entry.batch_size and steps.count == entry.seeds_planned:
-            entry.scaling = start[0] * start[1] / (entry.batch_size * steps.mean)
-
-
-def largest_scaling_batch(results: Results) -> Mapping[str, float]:
-    """For each method, the largest batch that takes at most `PERFECT_SCALING_MARGIN` times the perfect steps."""
-    found: dict[str, float] = {}
-    for entry in results.entries:
-        if entry.scaling is not None and entry.batch_size and entry.scaling * PERFECT_SCALING_MARGIN >= 1:
-            found[entry.method] = max(found.get(entry.method, 0.0), entry.batch_size)
-    return found
+    return steps, gradients, math.nan if seconds is None else steps * seconds

@@ -1,29 +1,34 @@
-"""Run what is left of a study, within a time, and say what is left."""
+"""Run what is left of a study, within a time."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hf_extrap.lab.study.execution import Job, OutOfTime
-from hf_extrap.lab.study.folder import StudyFolder
+from hf_extrap.lab.study.execution import OutOfTime, execute
+from hf_extrap.lab.study.folder import StudyFolder, study_folder
 from hf_extrap.lab.study.plan import Cell, Plan, Row
-from hf_extrap.lab.study.pool import Done, Pool, Processes, ThisProcess, quiet
+from hf_extrap.lab.study.pool import quiet, start, stop
 from hf_extrap.lab.study.specification import Study, read_study
 
-
-def study_folder(study: Study, output_dir: str | Path | None) -> StudyFolder:
-    """The folder that was asked for, or runs/study-<name>."""
-    return StudyFolder(Path(output_dir or Path("runs") / f"study-{study.name}"))
+LOST: Row = {
+    "status": "failed",
+    "message": "a process of the study was killed",
+    "wall_clock_seconds": 0.0,
+    "configuration": {},
+}
+"""What the row of a run holds whose process was killed."""
 
 
 def run_study(
-    path: str | Path,
+    study: str | Path | Study,
     minutes: float | None = None,
     jobs: int = 1,
     output_dir: str | Path | None = None,
@@ -33,11 +38,11 @@ def run_study(
     """Run every run of a study that has no row yet; those that failed are tried again.
 
     Args:
-        path: the study's file.
+        study: the study, or its file.
         minutes: start no run that is not expected to end within this time, and stop at its end; None for no limit.
         jobs: how many processes run at once, each with one thread; 1 runs in this process.
         output_dir: the study's folder; default runs/study-<name>.
-        command: what the user typed, for the record.
+        command: the command line, for the record.
         console: where to write; default: standard output.
 
     Returns:
@@ -54,107 +59,100 @@ def run_study(
         raise ValueError(f"--minutes is {minutes:g}; allowed: a number > 0.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study runs in one process for each run; launch it without torchrun and accelerate.")
-    study = read_study(path)
-    plan = Plan(study)
+    plan = Plan(study if isinstance(study, Study) else read_study(study))
     plan.check()
-    folder = study_folder(study, output_dir)
+    folder = study_folder(plan.study, output_dir)
     lock = folder.lock()
     quiet()
     deadline = None if minutes is None else began + 60 * minutes
-    runner = _Runner(plan, folder, command, console or Console(), deadline)
-    pool: Pool = ThisProcess() if jobs == 1 else Processes(jobs)
+    runner = _Runner(plan, folder, command, console or Console(), deadline, jobs)
     try:
-        return runner.run(pool, jobs)
+        return runner.run()
     finally:
-        pool.stop()
+        stop(runner.executor)
         lock.release()
 
 
 class _Runner:
-    def __init__(self, plan: Plan, folder: StudyFolder, command: str, console: Console, deadline: float | None) -> None:
-        self.plan, self.folder, self.command, self.deadline = plan, folder, command, deadline
-        rows = folder.read()
-        self.rows = {key: row for key, row in rows.items() if row["status"] != "failed"}
+    def __init__(
+        self, plan: Plan, folder: StudyFolder, command: str, console: Console, deadline: float | None, jobs: int
+    ) -> None:
+        self.plan, self.folder, self.command, self.console = plan, folder, command, console
+        self.deadline, self.jobs = deadline, jobs
+        self.rows = {key: row for key, row in folder.read().items() if row["status"] != "failed"}
         self.failed = 0
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-        )
-        self.console = console
+        self.executor = start(jobs)
+        self.running: dict[Future[Any], Cell] = {}
 
-    def run(self, pool: Pool, jobs: int) -> int:
+    def run(self) -> int:
         code = 0
-        with self.progress:
-            bar = self.progress.add_task(self.plan.study.name, total=self.plan.size, left="")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.fields[left]}"), console=self.console) as progress:
+            bar = progress.add_task(self.plan.study.name, total=self.plan.size, left="")
             try:
-                while True:
-                    self._fill(pool)
-                    left = self.plan.left(self.rows)
-                    self.progress.update(bar, completed=self.plan.size - left, left=self._time_left(jobs))
-                    if not pool.jobs:
+                while self._submit():
+                    left, seconds = self.plan.left(self.rows), self._seconds_left()
+                    told = "" if seconds is None else f"about {_spoken(seconds)} left"
+                    progress.update(bar, completed=self.plan.size - left, left=told)
+                    timeout = None if self.deadline is None else max(0.0, self.deadline - time.time())
+                    done, _ = wait(self.running, timeout, FIRST_COMPLETED)
+                    if not done:
                         break
-                    for done in pool.collect(self.deadline):
-                        self._keep(done)
+                    if any(isinstance(future.exception(), BrokenExecutor) for future in done):
+                        # A process was killed from outside, for its memory as a rule: its whole pool ends.
+                        done, _ = wait(self.running)
+                        self.executor = start(self.jobs)
+                    for future in done:
+                        self._keep(future, progress.console)
+                progress.update(bar, completed=self.plan.size - self.plan.left(self.rows))
             except OutOfTime:
                 pass
             except KeyboardInterrupt:
                 code = 130
-        self.console.print(self._summary(jobs), soft_wrap=True, highlight=False)
+        self.console.print(self._summary(), soft_wrap=True, highlight=False)
         return code or (1 if self.failed else 0)
 
-    def _fill(self, pool: Pool) -> None:
-        while pool.is_free:
-            taken = {job.cell.fingerprint for job in pool.jobs}
-            cell = next((cell for cell in self.plan.ready(self.rows) if self._may_start(cell, taken)), None)
+    def _submit(self) -> bool:
+        """Start as many runs as there are processes for; whether any is under way."""
+        while len(self.running) < self.jobs:
+            taken = {cell.fingerprint for cell in self.running.values()}
+            ready = [cell for cell in self.plan.ready(self.rows) if cell.fingerprint not in taken]
+            cell = next(filter(self._ends_in_time, ready), None)
             if cell is None:
-                return
-            pool.submit(self._job(cell))
+                break
+            folder = self.folder.run_folder(cell.fingerprint)
+            self.running[self.executor.submit(execute, cell, folder, self.command, self.deadline)] = cell
+        return bool(self.running)
 
-    def _job(self, cell: Cell) -> Job:
-        study = self.plan.study
-        return Job(cell, study.name, study.config, self.folder.run_folder(cell.fingerprint).path, self.command)
-
-    def _may_start(self, cell: Cell, taken: set[str]) -> bool:
-        if cell.fingerprint in taken:
-            return False
+    def _ends_in_time(self, cell: Cell) -> bool:
         if self.deadline is None:
             return True
         return time.time() + (expected_seconds(cell, list(self.rows.values())) or 0.0) <= self.deadline
 
-    def _keep(self, done: Done) -> None:
-        job, row, history = done
+    def _keep(self, future: Future[Any], console: Console) -> None:
+        """Record a run that ended."""
+        cell = self.running.pop(future)
+        try:
+            row, history = future.result()
+        except BrokenExecutor:
+            row, history = cell.identity | LOST, []
         self.folder.append(row, history)
-        self.rows[job.cell.fingerprint] = row
+        self.rows[cell.fingerprint] = row
         self.failed += row["status"] == "failed"
         number = self.plan.size - self.plan.left(self.rows)
-        line = f"[{number}/{self.plan.size}] {job.cell.label}: {outcome(row)} ({row['wall_clock_seconds']:.0f} s)"
-        self.progress.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        line = f"[{number}/{self.plan.size}] {cell.label}: {outcome(row)} ({row['wall_clock_seconds']:.0f} s)"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
-    def _time_left(self, jobs: int) -> str:
-        seconds = self._seconds_left(jobs)
-        return "" if seconds is None else f"about {_spoken(seconds)} left"
-
-    def _seconds_left(self, jobs: int) -> float | None:
+    def _seconds_left(self) -> float | None:
         rows = list(self.rows.values())
-        ready = self.plan.ready(self.rows)
-        expected = [expected_seconds(cell, rows) for cell in ready]
-        known = [seconds for seconds in expected if seconds is not None]
-        if not known:
-            return None
-        return sum(known) / len(known) * self.plan.left(self.rows) / jobs
+        known = [s for cell in self.plan.ready(self.rows) if (s := expected_seconds(cell, rows)) is not None]
+        return sum(known) / len(known) * self.plan.left(self.rows) / self.jobs if known else None
 
-    def _summary(self, jobs: int) -> str:
-        left = self.plan.left(self.rows)
-        hopeless = [
-            f"{c.method} × {c.workers}" for c in self.plan.chains if c.is_tuned(self.rows) and not c.best(self.rows)
-        ]
+    def _summary(self) -> str:
+        left, seconds = self.plan.left(self.rows), self._seconds_left()
+        hopeless = [f"{c.method} × {c.workers}" for c in self.plan.chains if c.is_hopeless(self.rows)]
         words = [f"{self.plan.size - left} of {self.plan.size} runs are done in {self.folder.path}"]
         if left:
-            seconds = self._seconds_left(jobs)
             words.append(f"{left} are left" + (f", about {_spoken(seconds)}" if seconds is not None else ""))
         if self.failed:
             words.append(f"{self.failed} failed, see `message` in rows.jsonl; the next call tries them again")
@@ -173,7 +171,7 @@ def expected_seconds(cell: Cell, rows: Sequence[Row]) -> float | None:
 
 
 def outcome(row: Row) -> str:
-    """What came out of a run, in a few words."""
+    """The result of a run, in a few words."""
     if row["status"] == "failed":
         return f"failed, {row['message']}"
     if row["status"] == "diverged":

@@ -1,4 +1,4 @@
-"""Means over seeds with their spread and bootstrap intervals."""
+"""Statistics of runs: means over seeds with bootstrap intervals, the gap closed, and the cost to a target."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.recipes.figures import series
 
 CONFIDENCE = 0.95
 
@@ -75,3 +79,21 @@ def gap_closed(score: float, baseline: float, reference: float, greater_is_bette
     if (gap >= 0) if greater_is_better else (gap <= 0):
         return None
     return (baseline - score) / gap
+
+
+def gradients_per_step(config: ExtrapConfig, steps: int) -> float:
+    """Gradient evaluations a step for each worker, averaged over the run; a share of a batch counts as that share."""
+    active = [step for step in range(steps) if config.is_active(step)]
+    if config.is_fresh:
+        extra = config.batch_fraction * len(active)
+    elif config.is_past and config.step_size == "auto":
+        extra = sum(step % config.probe_every == 0 for step in active)
+    else:
+        extra = 0.0
+    return 1 + extra / max(steps, 1)
+
+
+def steps_to(target: float, rows: Sequence[Mapping[str, Any]], metric: str, greater_is_better: bool) -> int | None:
+    """The first step whose evaluation is at least as good as the target, or None."""
+    found = zip(*series(rows, f"eval_{metric}"), strict=True)
+    return next((int(s) for s, value in found if (value >= target if greater_is_better else value <= target)), None)

@@ -14,14 +14,12 @@ import pytest
 from rich.console import Console
 
 from hf_extrap.cli import main
-from hf_extrap.lab.study.panels import legend_columns
-from hf_extrap.lab.study.plan import Plan
+from hf_extrap.lab.study.figures import draw_learning_rates
 from hf_extrap.lab.study.report import report_study
 from hf_extrap.lab.study.results import Results
 from hf_extrap.lab.study.runner import run_study
-from hf_extrap.lab.study.specification import read_study
-from hf_extrap.lab.study.statistics import estimate, gap_closed, paired_difference
-from hf_extrap.lab.study.tuning_figures import draw_learning_rates
+from hf_extrap.lab.study.statistics import estimate, gap_closed, gradients_per_step, paired_difference, steps_to
+from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes.run_folder import read_json
 
 from .conftest import ComputedRuns
@@ -75,6 +73,29 @@ def test_the_gap(score: float, baseline: float, reference: float, greater: bool,
     assert gap_closed(score, baseline, reference, greater) == closed
 
 
+def test_steps_to_a_target() -> None:
+    rows = [{"step": s, "eval_bleu": v} for s, v in ((5, 10.0), (10, None), (15, 20.0), (20, 15.0))]
+    assert steps_to(15, rows, "bleu", greater_is_better=True) == 15
+    assert steps_to(10, rows, "bleu", greater_is_better=False) == 5
+    assert steps_to(21, rows, "bleu", greater_is_better=True) is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "expected"),
+    [
+        ("none", {}, 1.0),
+        ("extrap", {}, 2.0),
+        ("extrap", {"batch_fraction": 0.25}, 1.25),
+        ("extrap", {"end_step": 10}, 1.1),
+        ("extrap-past", {}, 1.0),
+        ("extrap-past", {"step_size": "auto", "probe_every": 20}, 1.05),
+        ("gaussian", {}, 1.0),
+    ],
+)
+def test_gradients_a_step(preset: str, fields: dict[str, Any], expected: float) -> None:
+    assert gradients_per_step(ExtrapConfig.preset(preset, **fields), steps=100) == pytest.approx(expected)
+
+
 def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
     run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
@@ -115,13 +136,6 @@ def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> No
     names = ("batch_size", "differences", "scaling", "curves", "learning_rates", "sensitivity")
     assert drawn == {f"{name}.png" for name in names}
     assert all(f"]({name})" in text and (folder / name).stat().st_size > 10_000 for name in drawn)
-
-
-def test_a_legend_is_as_wide_as_its_labels_allow() -> None:
-    assert legend_columns(["sgd"]) == 1
-    assert legend_columns(["adamw", "nadam", "extrap-past", "past-update", "extrap", "sam"]) == 5
-    assert legend_columns(["extrap-past preconditioned"] * 6) == 3
-    assert legend_columns(["x" * 200, "y"]) == 1
 
 
 def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, write_study: WriteStudy) -> None:
@@ -197,7 +211,7 @@ def test_a_rate_that_trains_badly_does_not_flatten_the_figure(computed: Computed
     study = write_study(none | search)
     run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
     results, _ = report(study)
-    found = draw_learning_rates(Plan(read_study(study)), results)
+    found = draw_learning_rates(results)
     assert found is not None
     figure, caption = found
     assert "triangles at an edge" in caption

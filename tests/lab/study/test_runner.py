@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.console import Console
 from hf_extrap.lab.study import execution, runner
 from hf_extrap.lab.study.execution import OutOfTime
 from hf_extrap.lab.study.folder import StudyFolder
+from hf_extrap.lab.study.plan import Cell
+from hf_extrap.lab.study.pool import ThisProcess
 from hf_extrap.lab.study.runner import expected_seconds, run_study
 
 from .conftest import ComputedRuns
@@ -202,13 +205,37 @@ def test_expected_seconds_come_from_like_runs() -> None:
     def row(method: str, workers: int, seconds: float, status: str = "finished") -> dict[str, Any]:
         return {"method": method, "workers": workers, "wall_clock_seconds": seconds, "status": status}
 
+    def cell(method: str, workers: int) -> Cell:
+        return Cell("s", "tune", method, workers, 0, {}, 0, "x")
+
     rows = [row("a", 1, 10), row("a", 1, 20), row("b", 1, 60), row("b", 4, 2, "diverged")]
-    cell = runner.Cell("tune", "a", 1, 0, {}, 0, (), "x")
-    assert expected_seconds(cell, rows) == 15
-    assert expected_seconds(runner.Cell("tune", "c", 1, 0, {}, 0, (), "x"), rows) == 30
-    # A run that diverged says little about one that does not.
-    assert expected_seconds(runner.Cell("tune", "b", 4, 0, {}, 0, (), "x"), rows) == 30
-    assert expected_seconds(cell, []) is None
+    assert expected_seconds(cell("a", 1), rows) == 15
+    assert expected_seconds(cell("c", 1), rows) == 30
+    # A run that diverged takes less time than one that does not.
+    assert expected_seconds(cell("b", 4), rows) == 30
+    assert expected_seconds(cell("a", 1), []) is None
+
+
+def test_a_killed_process_fails_its_runs_alone(
+    computed: ComputedRuns, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = [BrokenPool(), ThisProcess()]
+    monkeypatch.setattr(runner, "start", lambda jobs: pools.pop(0))
+    study = write_study()
+    code, shown = run(study, jobs=2)
+    assert code == 1 and "2 failed" in shown and not pools
+    rows = rows_of(study)
+    assert [row["status"] for row in rows[:2]] == ["failed"] * 2 and rows[0]["message"].endswith("was killed")
+    assert len(rows) == 28 and not any(row["status"] == "failed" for row in rows[2:])
+
+
+class BrokenPool(ThisProcess):
+    """A pool one of whose processes was killed."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(BrokenExecutor())
+        return future
 
 
 def test_a_run_that_is_stopped_by_the_clock_is_no_row(computed: ComputedRuns, write_study: WriteStudy) -> None:

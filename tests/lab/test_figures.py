@@ -1,4 +1,4 @@
-"""Axes that one method far out does not flatten, and where it is marked."""
+"""Elements of figures: seeds, the legend, and axes fitted to most of the points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_extrap.lab.study.panels import focus, within_fences
+from hf_extrap.lab.figures import across_seeds, add_legend, focus, make_panels, within_fences
 
 
 def triangles(axes: Axes) -> list[tuple[str, float, float, str]]:
@@ -72,3 +72,32 @@ def test_without_points_far_out_the_axis_is_left_as_it_is() -> None:
     before = axes.get_ylim()
     assert not focus(axes, [(0.0, 1.0, "black"), (1.0, 2.0, "black")])
     assert axes.get_ylim() == before and axes.get_autoscaley_on()
+
+
+def test_seeds_are_averaged_where_all_have_a_number() -> None:
+    seeds = [
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}],
+        [{"step": 3, "loss": 3.0}, {"step": 1, "loss": 6.0}, {"step": 2, "loss": 9.0}],
+    ]
+    assert across_seeds(seeds, "loss").tolist() == [[1, 3], [2, 1], [4, 2], [6, 3]]
+    assert across_seeds(seeds, "accuracy").shape == across_seeds([], "loss").shape == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        (["sgd"], 1),
+        (["adamw", "nadam", "past-update", "sam", "extrap"], 5),
+        ([f"{k}: extrap-past preconditioned" for k in range(6)], 2),
+        (["x" * 200, "y"], 1),
+    ],
+)
+def test_a_legend_is_as_wide_as_its_labels_allow(labels: list[str], columns: int) -> None:
+    figure, panels = make_panels(1)
+    for label in labels:
+        panels[0].plot([0, 1], label=label)
+    add_legend(figure, panels)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert len(labels[0]) > 100 or legend.get_window_extent().width <= figure.bbox.width
