@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
-from hf_extrap.optim.random import generator_for
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
+from hf_extrap.optim.random import generator_for
 
 from .arguments import ExtrapArguments, ExtrapTrainingArguments
 from .checkpoints import check_checkpoint_matches, load_rank_state, save_rank_state
