@@ -1,0 +1,1 @@
+"""Studies and measurements of this package, not part of its programming interface."""
