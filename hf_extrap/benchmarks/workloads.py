@@ -111,14 +111,17 @@ def _tokens(rows: int, length: int, vocabulary: int) -> Loss:
     return loss
 
 
-def _pictures(rows: int) -> Loss:
+def _pictures(rows: int, autocasts: bool = False) -> Loss:
     def loss(model: nn.Module, worker: int, share: float) -> Tensor:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(worker)
         used = max(1, round(share * rows))
         pictures = torch.randn(used, 3, 32, 32, generator=generator, device=device)
         labels = torch.randint(10, (used,), generator=generator, device=device)
-        found: Tensor = model(pixel_values=pictures, labels=labels).loss
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=autocasts and precision_of(device) != "float32", cache_enabled=False
+        ):
+            found: Tensor = model(pixel_values=pictures, labels=labels).loss
         return found
 
     return loss
@@ -143,6 +146,13 @@ WORKLOADS: dict[str, Workload] = {
         "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2, True
     ),
     "resnet": Workload("ResNet-20, 128 pictures, SGD + Nesterov", _resnet, _pictures(128), "nesterov"),
+    "resnet-8192": Workload(
+        "ResNet-20, 32 × 256 pictures, SGD + Nesterov",
+        *(_resnet, _pictures(256, True), "nesterov"),
+        workers=32,
+        autocasts=True,
+        needs_gpu=True,
+    ),
     "gpt2": Workload(
         "GPT-2 small, 32 × 1,024 tokens, AdamW",
         _gpt2,
@@ -192,7 +202,8 @@ class Made:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.model = self.workload.build().to(self.device)
+        with self.device:
+            self.model = self.workload.build().to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = [torch.full_like(p, 1e-3) for p in self.params] if self.workload.flat else []
 

@@ -7,8 +7,11 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from hf_extrap.lab.gpu_study.data import Images, Split, load, micro_batches
@@ -34,16 +37,13 @@ def _images(count: int, seed: int = 0) -> Split:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10's parquet files with few images."""
-    pyarrow, image = pytest.importorskip("pyarrow"), pytest.importorskip("PIL.Image")
-    import pyarrow.parquet
-
     path = tmp_path_factory.mktemp("cifar10")
     for name, count in (("train", 120), ("test", 40)):
         images, labels = _images(count)
         encoded = []
         for pixels in images.permute(0, 2, 3, 1).numpy():
             file = io.BytesIO()
-            image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+            Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
             encoded.append({"bytes": file.getvalue(), "path": None})
         pyarrow.parquet.write_table(pyarrow.table({"img": encoded, "label": labels.numpy()}), path / f"{name}.parquet")
     return path
@@ -73,7 +73,7 @@ def test_micro_batches_pass_over_all_images_and_shift_them_by_four_at_most() -> 
 
 
 def test_a_slot_has_the_gradient_of_its_model() -> None:
-    slot = Slot(6, CPU, 8, 4)
+    slot = Slot(6, CPU, 8)
     batch = Split(*(t[:6] for t in _images(8)))
     slot.reset(3)
     slot.backward(batch, 0.5)
@@ -85,22 +85,44 @@ def test_a_slot_has_the_gradient_of_its_model() -> None:
     assert math.isclose(slot.loss_sum.item(), loss.item(), rel_tol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose passes are captured")
+def test_a_captured_pass_follows_the_parameters() -> None:
+    device = torch.device("cuda")
+    slot = Slot(64, device)
+    batches = [Split(*(t.to(device) for t in _images(64, seed))) for seed in (0, 1)]
+    with slot.active():
+        for batch in batches:
+            slot.reset(1)
+            with torch.no_grad():
+                slot.flat.mul_(1.1)
+            slot.backward(batch, 1.0)
+            captured, slot.flat.grad = slot.flat.grad, None
+            slot.backward(batch, 0.5)
+            slot.backward(batch, 0.5)
+            assert (slot.flat.grad - captured).norm() < 0.02 * captured.norm()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = functional.cross_entropy(slot.model(pixel_values=batch.images).logits, batch.labels)
+            eager = torch.autograd.grad(loss, list(slot.model.parameters()))
+            found = torch.cat([g.reshape(-1) for g in slot.layers_of(captured)])
+            expected = torch.cat([g.reshape(-1) for g in eager])
+            assert (found - expected).norm() < 0.05 * expected.norm()
+    torch.cuda.synchronize()
+
+
 def test_lars_gives_each_weight_the_same_relative_step() -> None:
-    slot = Slot(6, CPU, 8, 4)
+    slot = Slot(6, CPU, 8)
     slot.reset(0)
     slot.backward(Split(*(t[:6] for t in _images(6))), 1.0)
     before = [w.clone() for w in slot.layers]
     BY_NAME["LARS"].optimizer(slot, 2.0).step()
-    ratios = [
-        ((w - b).norm() / b.norm()).item() for w, b in zip(slot.layers, before, strict=True) if w.dim() > 1
-    ]
+    ratios = [((w - b).norm() / b.norm()).item() for w, b in zip(slot.layers, before, strict=True) if w.dim() > 1]
     assert ratios == pytest.approx([2e-3] * len(ratios), rel=0.02)
 
 
-@pytest.mark.parametrize("name", [method.name for method in METHODS])
-def test_every_method_trains(name: str) -> None:
-    images = Images(_images(96), _images(32, 1), _images(32, 2))
-    slot = Slot(8, CPU, 8, 4)
+@pytest.mark.parametrize("name", ["LARS", "extrap-past, share 0.5", "Gaussian, share 0.5", "msam, rho 1"])
+def test_a_method_trains(name: str) -> None:
+    images = Images(_images(96), _images(16, 1), _images(16, 2))
+    slot = Slot(8, CPU, 8)
     rate = 2.0 if name == "LARS" else 0.1
     run = Run("a", BY_NAME[name], rate, 0, epochs=6, workers=2)
     row = _finish(train(run, slot, images, Setting(workers=2, worker_batch=8, warm_up=1, depth=8)))
@@ -110,7 +132,7 @@ def test_every_method_trains(name: str) -> None:
 
 def test_schemes_move_the_parameters_and_differ_from_the_base() -> None:
     images = Images(_images(64), _images(16, 1), _images(16, 2))
-    slot, setting = Slot(4, CPU, 8, 4), Setting(workers=2, worker_batch=4, warm_up=1, depth=8)
+    slot, setting = Slot(4, CPU, 8), Setting(workers=2, worker_batch=4, warm_up=1, depth=8)
     ends = {}
     for name in ("Nesterov", "extrap-past, share 0.5", "optimistic, ratio 0.127", "past-update, ratio 0.5"):
         _finish(train(Run("a", BY_NAME[name], 0.05, 0, 1, 2), slot, images, setting))
@@ -122,7 +144,7 @@ def test_schemes_move_the_parameters_and_differ_from_the_base() -> None:
 def test_post_local_sgd_ends_with_equal_workers() -> None:
     images = Images(_images(64), _images(16, 1), _images(16, 2))
     run = Run("b", BY_NAME["extrap-past, ratio 0.127"], 0.05, 1, epochs=2, workers=2, post_local=True)
-    row = _finish(train(run, Slot(4, CPU, 8, 4), images, Setting(workers=2, worker_batch=4, warm_up=1, depth=8)))
+    row = _finish(train(run, Slot(4, CPU, 8), images, Setting(workers=2, worker_batch=4, warm_up=1, depth=8)))
     assert row["name"].endswith("then post-local SGD") and math.isfinite(row["loss_at_y"][-1])
 
 
@@ -156,12 +178,8 @@ def test_the_second_stage_takes_the_best_by_validation() -> None:
 
 
 def test_a_study_from_end_to_end(folder: Path, tmp_path: Path) -> None:
-    setting = Setting(
-        workers=2, worker_batch=8, warm_up=1, depth=8, epochs=1, long_epochs=(1,), width=4, seeds=(1,)
-    )
-    text = gpu_study(
-        folder, tmp_path, 3, device=CPU, fake_gpu_minutes=0.0005, fraction=0.25, slots=2, setting=setting
-    )
+    setting = Setting(workers=2, worker_batch=8, warm_up=1, depth=8, epochs=1, long_epochs=(1,), seeds=(1,))
+    text = gpu_study(folder, tmp_path, 3, device=CPU, fake_gpu_minutes=0.0005, fraction=0.25, slots=2, setting=setting)
     rows = read_rows(tmp_path / "rows.jsonl")
     stages = [row["stage"] for row in rows]
     assert stages.count("a") >= 10 and stages.count("b") >= 1

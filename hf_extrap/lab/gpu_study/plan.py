@@ -1,4 +1,4 @@
-"""Which runs, in which order: the most informative come first, so that a study that is cut short still says something."""
+"""Which runs, in which order: the most informative first, so that a study that is cut short has a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model whose parameters are one flat tensor, with its pass captured as a CUDA graph: one run at a time trains in it."""
+"""A model whose parameters are one flat tensor, and its forward and backward pass as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Slot:
     """Trains one model on a stream of its own; several slots share a GPU.
 
     The parameters of the model are views into `flat`, the one parameter that the optimizer has: moving it costs a few
-    kernels instead of some for each tensor. A captured graph runs forward and backward at fixed addresses and leaves the
-    micro-batch's gradient in `gradient`; `flat.backward` then hands it to hooks and to `.grad` as any backward pass does.
+    kernels instead of some for each tensor. A captured graph runs forward and backward at fixed addresses and leaves
+    the micro-batch's gradient in `gradient`; `flat.backward` then passes it to hooks and to `.grad`.
     Parameters and gradients are float32; on a GPU passes are in bfloat16 autocast, channels last.
 
     Args:
@@ -118,9 +118,7 @@ class Slot:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         # A captured graph must cast the weights at every replay: no cache.
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
             yield
 
     def _pass(self) -> None:
@@ -131,13 +129,15 @@ class Slot:
         self.loss_sum += loss.detach()
 
     def _capture(self) -> None:
-        with self.active():
+        # Only here: the convolutions of an evaluation are too few to be worth a search.
+        with self.active(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
             for _ in range(3):
                 self._pass()
         torch.cuda.synchronize(self.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self.stream):
-            self._pass()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            with torch.cuda.graph(self._graph, stream=self.stream):
+                self._pass()
         torch.cuda.synchronize(self.device)
 
     def _views(self, flat: Tensor) -> list[Tensor]:

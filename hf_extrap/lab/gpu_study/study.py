@@ -93,7 +93,7 @@ class Study:
                     except StopIteration as done:
                         del active[slot]
                         rows.append(self._keep(run, {**done.value, "seconds": time.monotonic() - started}))
-            if not active:
+            if not active and not waiting:
                 return rows
         for run, training, _ in active.values():
             training.close()
@@ -153,8 +153,6 @@ def gpu_study(
     end = begun + 60 * minutes - (MARGIN if device.type == "cuda" else 0.0)
     given = setting or Setting()
     setting = Setting(**{**vars(given), "worker_batch": max(2, round(fraction * given.worker_batch))})
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     images = load(data, device, fraction)
     made = [Slot(setting.worker_batch, device, setting.depth, setting.width) for _ in range(slots)]
     print(f"data and {slots} slots after {time.monotonic() - begun:.1f} s", flush=True)
