@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from hf_extrap.lab.gpu_study.data import Images, Split, load, micro_batches
 from hf_extrap.lab.gpu_study.methods import METHODS
-from hf_extrap.lab.gpu_study.plan import RATES, best_of, first_stage, how_many, second_stage
+from hf_extrap.lab.gpu_study.plan import RATES, best_of, first_stage, how_long, how_many, second_stage
 from hf_extrap.lab.gpu_study.report import read_rows
 from hf_extrap.lab.gpu_study.slot import Slot
 from hf_extrap.lab.gpu_study.study import gpu_study
@@ -155,10 +155,9 @@ def test_the_plan_fits_the_time_and_starts_with_every_method_at_a_middle_rate() 
     assert len({(run.method.name, run.rate) for run in runs}) == len(runs)
     assert sum(run.method in METHODS for run in runs) == 48 and {run.rate for run in runs} == set(RATES)
     for rate in (50_000.0, 100_000.0, 250_000.0):
-        short, long_epochs = how_many(300, rate, 45_000, setting)
-        used = 45_000 * (short * setting.epochs + (10 * long_epochs if long_epochs > 15 else 0))
-        assert used <= 300 * rate
-    assert how_many(300, 100_000, 45_000, setting) == (24, 30)
+        assert 0.5 * 300 * rate < 45_000 * setting.epochs * how_many(300, rate, 45_000, setting) < 0.56 * 300 * rate
+    assert how_many(300, 100_000, 45_000, setting) == 24
+    assert [how_long(s, 100_000, 45_000, setting) for s in (271, 269, 136, 134, 1)] == [60, 30, 30, 15, 15]
 
 
 def test_the_second_stage_takes_the_best_by_validation() -> None:

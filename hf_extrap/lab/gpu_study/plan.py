@@ -52,8 +52,8 @@ def best_of(rows: Sequence[Mapping[str, Any]], family: str) -> tuple[Method, flo
     return known[best["name"]], best["rate"]
 
 
-def how_many(seconds: float, rate: float, images: int, setting: Setting) -> tuple[int, int]:
-    """Runs of the first stage, and epochs of those of the second, that fit.
+def how_many(seconds: float, rate: float, images: int, setting: Setting) -> int:
+    """Runs of the first stage that fit into its share of the time.
 
     Args:
         seconds: left for both stages.
@@ -61,12 +61,14 @@ def how_many(seconds: float, rate: float, images: int, setting: Setting) -> tupl
         images: of the training split.
         setting: epochs of the runs.
     """
-    budget = seconds * rate
-    short = max(1, int(SHARE * budget / (setting.epochs * images)))
-    short = min(short, len(RATES) * (len(METHODS) + len(EXTRAS)))
-    left = budget - short * setting.epochs * images
-    fitting = [e for e in setting.long_epochs if FEWEST_LONG * e * images <= left]
-    return short, fitting[0] if fitting else setting.long_epochs[-1]
+    fitting = int(SHARE * seconds * rate / (setting.epochs * images))
+    return min(max(fitting, 1), len(RATES) * (len(METHODS) + len(EXTRAS)))
+
+
+def how_long(seconds: float, rate: float, images: int, setting: Setting) -> int:
+    """Epochs of a run of the second stage: the most of which `FEWEST_LONG` runs fit into the seconds left."""
+    fitting = [epochs for epochs in setting.long_epochs if FEWEST_LONG * epochs * images <= seconds * rate]
+    return fitting[0] if fitting else setting.long_epochs[-1]
 
 
 def spread(values: Sequence[float]) -> str:

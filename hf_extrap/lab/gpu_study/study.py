@@ -14,7 +14,7 @@ import torch
 from hf_extrap.results import plain, write_json
 
 from .data import Images, load
-from .plan import RATES, first_stage, how_many, second_stage
+from .plan import RATES, first_stage, how_long, how_many, second_stage
 from .report import read_rows, write_report
 from .slot import Slot
 from .training import Run, Setting, train
@@ -76,8 +76,9 @@ class Study:
         return max(done, 1), time.monotonic() - started
 
     def run(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
-        """Train what fits, in this order; returns the rows of this call."""
+        """Train what fits, in this order, and measure `rate` anew; returns the rows of this call."""
         waiting, rows = deque(runs), []
+        since, done = time.monotonic(), 0
         active: dict[Slot, Active] = {}
         while time.monotonic() < self.end:
             for slot in self.slots:
@@ -89,11 +90,13 @@ class Study:
                 run, training, started = active[slot]
                 with slot.active():
                     try:
-                        next(training)
-                    except StopIteration as done:
+                        done += next(training)
+                    except StopIteration as ended:
                         del active[slot]
-                        rows.append(self._keep(run, {**done.value, "seconds": time.monotonic() - started}))
+                        rows.append(self._keep(run, {**ended.value, "seconds": time.monotonic() - started}))
             if not active and not waiting:
+                if rows:
+                    self.rate = done / (time.monotonic() - since)
                 return rows
         for run, training, _ in active.values():
             training.close()
@@ -107,7 +110,7 @@ class Study:
         while waiting:
             run = waiting.popleft()
             seconds = run.epochs * len(self.images.train.labels) * len(self.slots) / self.rate
-            if now + seconds <= self.end:
+            if now + 1.05 * seconds <= self.end:
                 return run, train(run, slot, self.images, self.setting), now
         return None
 
@@ -160,19 +163,26 @@ def gpu_study(
     count = study.probe()
     study.slots = made[:count]
     available = len(images.train.labels)
+    whole, faked = round(available / fraction), 60 * (fake_gpu_minutes or 0.0)
     if fake_gpu_minutes is None:
-        short, long_epochs = how_many(end - time.monotonic(), study.rate, available, setting)
+        short = how_many(end - time.monotonic(), study.rate, available, setting)
     else:
-        short, long_epochs = how_many(60 * fake_gpu_minutes, PLANNED_RATE, round(available / fraction), setting)
+        short = how_many(faked, PLANNED_RATE, whole, setting)
     plan = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         **{"torch": torch.__version__, "slots": count, "images_per_second": study.rate, "minutes": minutes},
-        **{"runs_of_stage_a": short, "epochs": setting.epochs, "long_epochs": long_epochs, "fraction": fraction},
+        **{"runs_of_stage_a": short, "epochs": setting.epochs, "long_epochs": 0, "fraction": fraction},
         **{"training_images": available, "workers": setting.workers, "worker_batch": setting.worker_batch},
     }
     write_json(folder / "plan.json", plan)
     print(f"plan after {time.monotonic() - begun:.1f} s: {plan}", flush=True)
     study.run(first_stage(setting)[:short])
+    if fake_gpu_minutes is None:
+        long_epochs = how_long(end - time.monotonic(), study.rate, available, setting)
+    else:
+        long_epochs = how_long(0.4 * faked, PLANNED_RATE, whole, setting)
+    write_json(folder / "plan.json", {**plan, "long_epochs": long_epochs, "images_per_second": study.rate})
+    print(f"second stage: {long_epochs} epochs, at {study.rate:,.0f} images/s so far", flush=True)
     study.run(second_stage(read_rows(folder / "rows.jsonl"), long_epochs, setting))
     text = write_report(folder)
     print(f"done after {time.monotonic() - begun:.1f} s of {60 * minutes:.0f} s", flush=True)
