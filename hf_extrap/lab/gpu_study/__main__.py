@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--fake_gpu_minutes", type=float, default=None, help="plan as for a GPU with so many minutes")
     parser.add_argument("--epochs", type=int, default=Setting.epochs, help="of a run of the first stage")
     parser.add_argument("--depth", type=int, default=Setting.depth, help="of the ResNet")
+    parser.add_argument("--no_graphs", action="store_true", help="launch every pass kernel by kernel")
     known = parser.parse_args()
     setting = Setting(epochs=known.epochs, depth=known.depth)
     print(
@@ -34,6 +35,7 @@ def main() -> None:
             fraction=known.fraction,
             fake_gpu_minutes=known.fake_gpu_minutes,
             slots=known.slots,
+            graphs=not known.no_graphs,
             setting=setting,
         )
     )

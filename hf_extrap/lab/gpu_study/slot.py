@@ -30,9 +30,10 @@ class Slot:
         device: where it trains.
         depth: of the ResNet, 6n + 2.
         width: channels of its first stage.
+        graph: capture the pass, on a GPU; without, every pass is launched kernel by kernel.
     """
 
-    def __init__(self, size: int, device: torch.device, depth: int = 20, width: int = 16) -> None:
+    def __init__(self, size: int, device: torch.device, depth: int = 20, width: int = 16, graph: bool = True) -> None:
         self.device, self._build = device, partial(_build, depth, width)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with self.active():
@@ -49,7 +50,7 @@ class Slot:
             self._labels = torch.randint(10, (size,), device=device)
         self._starts: dict[int, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
-        if device.type == "cuda":
+        if graph and device.type == "cuda":
             self._capture()
 
     def active(self) -> Any:

@@ -138,6 +138,7 @@ def gpu_study(
     fraction: float = 1.0,
     fake_gpu_minutes: float | None = None,
     slots: int = SLOTS[-1],
+    graphs: bool = True,
     setting: Setting | None = None,
 ) -> str:
     """Both stages within so many minutes, everything included; returns the report in Markdown.
@@ -150,6 +151,7 @@ def gpu_study(
         fraction: of the images, and of a worker's batch, so that the steps stay as many.
         fake_gpu_minutes: plan the runs as for a GPU with so many minutes, at `PLANNED_RATE`: a rehearsal.
         slots: concurrent runs, at most.
+        graphs: see `Slot`.
         setting: what all runs share.
     """
     begun = time.monotonic()
@@ -157,7 +159,7 @@ def gpu_study(
     given = setting or Setting()
     setting = Setting(**{**vars(given), "worker_batch": max(2, round(fraction * given.worker_batch))})
     images = load(data, device, fraction)
-    made = [Slot(setting.worker_batch, device, setting.depth, setting.width) for _ in range(slots)]
+    made = [Slot(setting.worker_batch, device, setting.depth, setting.width, graphs) for _ in range(slots)]
     print(f"data and {slots} slots after {time.monotonic() - begun:.1f} s", flush=True)
     study = Study(folder, images, setting, made, end)
     count = study.probe()
