@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-all study bench gpu lint clean
+.PHONY: run test test-all study bench gpu gpu-bench gpu-study lint clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed-recipes
@@ -41,6 +41,15 @@ gpu: .venv/installed-bench
 	for study in configs/studies/gpu_*.yaml; do \
 	    left=$$(((end - $$(date +%s)) / 60)); [ $$left -ge 1 ] || break; \
 	    $(BIN)/hf-extrap study run $$study --minutes $$left || exit $$?; done
+
+# On a machine with a GPU, from the source tree with its own Python (no virtual environment), $(MINUTES) minutes each.
+gpu-bench:
+	$(PYTHON) -m hf_extrap bench --part gpu --rounds 10 --minutes $(MINUTES) --output_dir runs/bench-gpu
+
+# ResNet-20 at a batch of 8,192; DATA holds train.parquet and test.parquet. Call it again to add the runs that are missing.
+DATA ?= data/cifar10
+gpu-study:
+	$(PYTHON) -m hf_extrap.lab.gpu_study --minutes $(MINUTES) --data $(DATA) --output_dir runs/gpu-study
 
 lint: .venv/installed-lint
 	$(BIN)/ruff check .

@@ -46,7 +46,10 @@ PARTS = {
         *("lstm", "translation", "resnet", "trainer", "processes"),
         *("flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
     ),
-    "gpu": ("gpt2", "lstm", "translation", "resnet", "trainer", "flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
+    "gpu": (
+        *("gpt2", "resnet-8192", "lstm", "flat-1e7-10", "flat-1e7-10000", "translation", "resnet", "trainer"),
+        *("flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
+    ),
 }
 """Workloads by part: what fits two cores in about ten minutes, and what a GPU is for."""
 

@@ -124,6 +124,16 @@ def _pictures(rows: int) -> Loss:
     return loss
 
 
+def _autocast(loss: Loss) -> Loss:
+    """The loss in bf16 autocast; without its cache, because parameters change between the passes of a step."""
+
+    def autocast(model: nn.Module, worker: int, share: float) -> Tensor:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, cache_enabled=False):
+            return loss(model, worker, share)
+
+    return autocast
+
+
 def _flat(parameters: int, tensors: int) -> Workload:
     return Workload(
         f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW",
@@ -143,6 +153,13 @@ WORKLOADS: dict[str, Workload] = {
         "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2, True
     ),
     "resnet": Workload("ResNet-20, 128 pictures, SGD + Nesterov", _resnet, _pictures(128), "nesterov"),
+    "resnet-8192": Workload(
+        "ResNet-20, 32 × 256 images, SGD + Nesterov",
+        *(_resnet, _autocast(_pictures(256)), "nesterov"),
+        workers=32,
+        autocasts=True,
+        needs_gpu=True,
+    ),
     "gpt2": Workload(
         "GPT-2 small, 32 × 1,024 tokens, AdamW",
         _gpt2,
@@ -192,7 +209,8 @@ class Made:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.model = self.workload.build().to(self.device)
+        with self.device:
+            self.model = self.workload.build().to(self.device)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = [torch.full_like(p, 1e-3) for p in self.params] if self.workload.flat else []
 
