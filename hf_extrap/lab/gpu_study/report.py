@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,88 +14,86 @@ from tabulate import tabulate
 from hf_extrap.recipes.figures import COLOURS, MARKERS
 from hf_extrap.recipes.run_folder import read_json, write_text
 
-from .plan import spread
-
 Rows = Sequence[Mapping[str, Any]]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file; none where there is no file."""
+    """The rows of a JSON Lines file; none if there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def write_report(folder: Path) -> str:
-    """Write `study.md` and `study.png` from `rows.jsonl` and `plan.json`; returns the Markdown."""
+    """Write `report.md` and `figure.png` from `rows.jsonl` and `plan.json`; returns the Markdown."""
     rows, plan = read_rows(folder / "rows.jsonl"), read_json(folder / "plan.json")
-    text = _table(rows, plan)
-    write_text(folder / "study.md", text)
-    if rows:
-        _draw(rows, folder / "study.png")
-    return text
-
-
-def _table(rows: Rows, plan: Mapping[str, Any]) -> str:
-    tuning = [row for row in rows if row["stage"] == "a"]
-    rates = sorted({row["rate"] for row in tuning})
-    lines = []
-    for name, found in _by_name(tuning).items():
-        by_rate = {row["rate"]: row for row in found}
-        best = max(found, key=lambda row: row["validation"] if not row["diverged"] else 0.0)
-        cells = {f"{rate:g}": _cell(by_rate.get(rate)) for rate in rates}
-        lines.append({"method": name, **cells, "test at the best": f"{best['test']:.2f}"})
-    finals = [
-        {
-            **{"method": name, "rate": found[0]["rate"], "batch": f"{found[0]['batch']:,}", "seeds": len(found)},
-            **{"validation": spread([r["validation"] for r in found]), "test": spread([r["test"] for r in found])},
-        }
-        for name, found in _by_name([row for row in rows if row["stage"] == "b"]).items()
-    ]
-    table = {"headers": "keys", "tablefmt": "github", "disable_numparse": True}
+    tuning = _grouped([row for row in rows if row["stage"] == "a"], lambda row: row["name"])
+    finals = _grouped([r for r in rows if r["stage"] == "b"], lambda row: f"{row['name']}, rate {row['rate']:g}")
+    rates = sorted({row["rate"] for found in tuning.values() for row in found})
     parts = [
         f"{plan['device']}, torch {plan['torch']}: {plan['images_per_second']:,.0f} images/s in {plan['slots']} "
         f"concurrent runs; {len(rows)} runs.",
-        f"### Tuning: {plan['epochs']} epochs, validation accuracy in percent by peak rate, one seed",
-        tabulate(lines, **table),
-        f"### {plan['long_epochs']} epochs at the best rate, other seeds: mean ± standard deviation, percent",
-        tabulate(finals, **table),
+        f"### First stage: {plan['epochs']} epochs, one seed; validation accuracy (%) by peak learning rate",
+        _table([_tuning_cells(name, found, rates) for name, found in tuning.items()]),
+        f"### Second stage: {plan['long_epochs']} epochs at the best rate, other seeds; mean ± standard deviation (%)",
+        _table([_final_cells(name, found) for name, found in finals.items()]),
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    write_text(folder / "report.md", text)
+    if rows:
+        _draw(tuning, finals, rates, folder / "figure.png")
+    return text
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    return "diverged" if row["diverged"] else f"{row['validation']:.2f}"
+def _grouped(rows: Rows, key: Any) -> dict[str, Rows]:
+    """Rows by key, in the order in which the keys came first."""
+    first = {name: place for place, name in reversed(list(enumerate(map(key, rows))))}
+    ordered = sorted(rows, key=lambda row: first[key(row)])
+    return {name: list(found) for name, found in groupby(ordered, key)}
 
 
-def _by_name(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        found[row["name"]].append(row)
-    return dict(found)
+def _table(cells: Sequence[Mapping[str, str]]) -> str:
+    return tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _draw(rows: Rows, path: Path) -> None:
-    """Left: test accuracy by peak rate, one line a method; right: the second stage, one point a seed."""
+def _tuning_cells(name: str, found: Rows, rates: Sequence[float]) -> dict[str, str]:
+    shown = {row["rate"]: "diverged" if row["diverged"] else f"{row['validation']:.2f}" for row in found}
+    best = max(found, key=lambda row: row["validation"] if not row["diverged"] else 0.0)
+    by_rate = {f"{rate:g}": shown.get(rate, "–") for rate in rates}
+    return {"method": name, **by_rate, "test, at the best validation": f"{best['test']:.2f}"}
+
+
+def _final_cells(name: str, found: Rows) -> dict[str, str]:
+    cells = {"method": name, "batch": f"{found[0]['batch']:,}", "seeds": str(len(found))}
+    for split in ("validation", "test"):
+        values = [row[split] for row in found]
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        cells[split] = f"{statistics.mean(values):.2f}{deviation}"
+    return cells
+
+
+def _draw(tuning: Mapping[str, Rows], finals: Mapping[str, Rows], rates: Sequence[float], path: Path) -> None:
+    """Left: validation accuracy by peak learning rate, a line per method; right: test accuracy, a point per seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for place, (name, found) in enumerate(_by_name([r for r in rows if r["stage"] == "a"]).items()):
-        points = sorted((row["rate"], row["test"]) for row in found if not row["diverged"])
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place // 2 % len(MARKERS)]}
-        dashes = "--" if place >= len(COLOURS) else "-"
-        left.plot(*zip(*points, strict=True) if points else ([], []), dashes, label=name, markersize=4, **style)
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 0.8))
+    for place, (name, found) in enumerate(tuning.items()):
+        points = sorted((row["rate"], row["validation"]) for row in found if not row["diverged"])
+        colour, dash = COLOURS[place % len(COLOURS)], "--" if place >= len(COLOURS) else "-"
+        marker = MARKERS[place % len(MARKERS)]
+        left.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markersize=4, label=name)
     left.set_xscale("log", base=2)
-    left.set_xlabel("peak learning rate")
-    left.set_ylabel("test accuracy, %")
-    left.set_title("Tuning, one seed")
-    left.legend(fontsize=6)
-    finals = _by_name([r for r in rows if r["stage"] == "b"])
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    left.set(xlabel="peak learning rate", ylabel="validation accuracy (%)")
+    left.set_title("First stage, one seed", loc="left", fontsize=11)
+    left.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     for place, found in enumerate(finals.values()):
-        right.plot([row["test"] for row in found], [place] * len(found), "o", color=COLOURS[place % len(COLOURS)])
-    right.set_yticks(range(len(finals)), list(finals), fontsize=7)
+        right.plot([row["test"] for row in found], [place] * len(found), "o", color=COLOURS[0], alpha=0.7)
+    right.set_yticks(range(len(finals)), [name.replace(", ", ",\n") for name in finals], fontsize=8)
     right.invert_yaxis()
-    right.set_xlabel("test accuracy, %")
-    right.set_title("Best rate, one point a seed")
-    figure.savefig(path, dpi=150)
+    right.margins(y=0.15)
+    right.set_xlabel("test accuracy (%)")
+    right.set_title("Second stage, one point per seed", loc="left", fontsize=11)
+    for axes in (left, right):
+        axes.grid(True, alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,88 +13,79 @@ from torch.nn import functional
 from .data import Split
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-EVALUATED_AT_ONCE = 2500
+EVALUATION_BATCH = 2500
 
 
 class Slot:
-    """Trains one model on a stream of its own; several slots share a GPU.
+    """One model that trains on its own CUDA stream; several slots share a GPU.
 
-    The parameters of the model are views into `flat`, the one parameter that the optimizer has: moving it costs a few
-    kernels instead of some for each tensor. A captured graph runs forward and backward at fixed addresses and leaves
-    the micro-batch's gradient in `gradient`; `flat.backward` then passes it to hooks and to `.grad`.
-    Parameters and gradients are float32; on a GPU passes are in bfloat16 autocast, channels last.
+    The model's parameters are views of `flat`, the only parameter of the optimizer: moving it takes a few kernels, not
+    a few for each tensor. On a GPU a captured graph runs forward and backward at fixed addresses, in bfloat16 autocast
+    and channels-last layout, and writes the gradient of the micro-batch; `flat.backward` then passes it to hooks and to
+    `.grad`. Parameters and gradients are float32.
 
     Args:
         size: images of a micro-batch, over which BatchNorm takes its statistics.
-        device: where it trains.
+        device: of the model.
         depth: of the ResNet, 6n + 2.
-        width: channels of its first stage.
-        graph: capture the pass, on a GPU; without, every pass is launched kernel by kernel.
     """
 
-    def __init__(self, size: int, device: torch.device, depth: int = 20, width: int = 16, graph: bool = True) -> None:
-        self.device, self._build = device, partial(_build, depth, width)
+    def __init__(self, size: int, device: torch.device, depth: int = 20) -> None:
+        self.device, self._depth = device, depth
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with self.active():
-            self.model = self._build(0).to(device)
-            self._modules = list(self.model.parameters())
-            self.flat = nn.Parameter(torch.cat([_in_memory_order(p) for p in self._modules]).detach())
-            self.layers = self._views(self.flat.detach())
-            for parameter, view in zip(self._modules, self.layers, strict=True):
+            self.model = _build(0, depth).to(device)
+            self._tensors = list(self.model.parameters())
+            self.flat = nn.Parameter(_flatten(self.model))
+            for parameter, view in zip(self._tensors, self.layers_of(self.flat.detach()), strict=True):
                 parameter.data = view
-            self.gradient = torch.zeros_like(self.flat)
-            self._gradients = self._views(self.gradient)
+            self._gradient = torch.zeros_like(self.flat)
+            self._gradients = self.layers_of(self._gradient)
             self.loss_sum = torch.zeros((), device=device)
             self._images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, device=device)
             self._labels = torch.randint(10, (size,), device=device)
-        self._starts: dict[int, Tensor] = {}
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if graph and device.type == "cuda":
-            self._capture()
+        self._graph = self._captured() if device.type == "cuda" else None
 
     def active(self) -> Any:
         """Context in which kernels go to this slot's stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def layers_of(self, flat: Tensor) -> list[Tensor]:
-        """One view of a flat tensor for each parameter tensor of the model."""
-        return self._views(flat)
+        """Views of a flat tensor, one for each parameter tensor of the model."""
+        parts = flat.split([p.numel() for p in self._tensors])
+        return [_unflatten(part, p.shape) for part, p in zip(parts, self._tensors, strict=True)]
 
+    @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Initial parameters of a seed, and no gradient."""
-        if seed not in self._starts:
-            parts = [_in_memory_order(p) for p in self._build(seed).parameters()]
-            self._starts[seed] = torch.cat(parts).detach().to(self.device)
-        with torch.no_grad():
-            self.flat.copy_(self._starts[seed])
+        """Set the initial parameters of a seed, and clear the gradient."""
+        self.flat.copy_(_flatten(_build(seed, self._depth)))
         self.flat.grad = None
         self.loss_sum.zero_()
 
     def backward(self, batch: Split, scale: float) -> None:
-        """Forward and backward pass of the mean loss times `scale`, at the values that `flat` has now."""
+        """Forward and backward pass of the mean loss times `scale`, at the current values of `flat`."""
         self._images.copy_(batch.images)
         self._labels.copy_(batch.labels)
         if self._graph is None:
             self._pass()
         else:
             self._graph.replay()
-        self.flat.backward(self.gradient * scale)
+        self.flat.backward(self._gradient * scale)
 
     @torch.no_grad()
     def correct(self, split: Split) -> Tensor:
-        """How many images the model classifies right, with running statistics of BatchNorm; stays on the device."""
+        """Number of images that the model classifies correctly, with BatchNorm's running statistics; on the device."""
         self.model.eval()
         found = torch.zeros((), dtype=torch.int64, device=self.device)
-        parts = zip(split.images.split(EVALUATED_AT_ONCE), split.labels.split(EVALUATED_AT_ONCE), strict=True)
-        for images, labels in parts:
-            with self._precision():
+        with self._precision():
+            for images, labels in zip(*(t.split(EVALUATION_BATCH) for t in split), strict=True):
                 found += (self.model(pixel_values=images).logits.argmax(-1) == labels).sum()
         self.model.train()
         return found
 
     @torch.no_grad()
     def recalibrate(self, images: Tensor) -> None:
-        """Running statistics of BatchNorm from these images in one batch, at x: those of training are gathered at y."""
+        """Take BatchNorm's running statistics of one batch, at x: training gathers them at y."""
         norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0
@@ -103,18 +93,6 @@ class Slot:
             self.model(pixel_values=images)
         for norm in norms:
             norm.momentum = 0.1
-
-    def fetch(self, value: Tensor) -> Generator[int, None, list[float]]:
-        """Copy a vector to the host and yield 0 until it is there; returns its elements."""
-        if self.stream is None:
-            return list(value.tolist())
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        host.copy_(value, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(self.stream)
-        while not event.query():
-            yield 0
-        return list(host.tolist())
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -126,45 +104,41 @@ class Slot:
         with self._precision():
             logits = self.model(pixel_values=self._images).logits
             loss = functional.cross_entropy(logits.float(), self._labels)
-        torch._foreach_copy_(self._gradients, torch.autograd.grad(loss, self._modules))
+        torch._foreach_copy_(self._gradients, torch.autograd.grad(loss, self._tensors))
         self.loss_sum += loss.detach()
 
-    def _capture(self) -> None:
-        # Only here: the convolutions of an evaluation are too few to be worth a search.
-        with self.active(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            for _ in range(3):
-                self._pass()
-        torch.cuda.synchronize(self.device)
-        self._graph = torch.cuda.CUDAGraph()
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Only here: the convolutions of an evaluation are too few for a search of algorithms.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            with torch.cuda.graph(self._graph, stream=self.stream):
+            with self.active():
+                for _ in range(3):
+                    self._pass()
+            torch.cuda.synchronize(self.device)
+            with torch.cuda.graph(graph, stream=self.stream):
                 self._pass()
         torch.cuda.synchronize(self.device)
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([p.numel() for p in self._modules])
-        return [_shaped(part, p.shape) for part, p in zip(parts, self._modules, strict=True)]
+        return graph
 
 
-def _build(depth: int, width: int, seed: int) -> nn.Module:
+def _build(seed: int, depth: int) -> nn.Module:
     from hf_extrap.recipes.image_classification.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
 
-    fields: dict[str, Any] = {"num_labels": 10, "depth": depth, "width": width}
+    fields: dict[str, Any] = {"num_labels": 10, "depth": depth}
     fields |= {"image_mean": MEAN, "image_std": DEVIATION}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ExtrapResNetForImageClassification(ExtrapResNetConfig(**fields))
-    model.train()
-    return model
+        return ExtrapResNetForImageClassification(ExtrapResNetConfig(**fields)).train()
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """All elements, those of a convolution in the order of channels last."""
-    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
+def _flatten(model: nn.Module) -> Tensor:
+    """All parameters in one tensor, convolutions in channels-last order."""
+    tensors = (p.detach() for p in model.parameters())
+    return torch.cat([(t.permute(0, 2, 3, 1) if t.dim() == 4 else t).reshape(-1) for t in tensors])
 
 
-def _shaped(part: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_in_memory_order`, without a copy."""
+def _unflatten(part: Tensor, shape: torch.Size) -> Tensor:
+    """The view of one parameter tensor."""
     if len(shape) != 4:
         return part.view(shape)
     return part.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
