@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import yaml
 
-from hf_extrap.cli import main
-from hf_extrap.recipes import configuration
+from hf_extrap.cli import check_launch, main
 from hf_extrap.recipes.configuration import resolve, to_words
+from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments
 
 WriteConfig = Callable[[str, dict[str, Any]], Path]
 
@@ -59,12 +62,13 @@ def test_figures_are_the_last_thing_that_a_run_imports() -> None:
 
 def test_imports_are_spared_the_collector_which_runs_afterwards() -> None:
     code = (
-        "import gc\nimport hf_extrap.cli\ncollections = sum(row['collections'] for row in gc.get_stats())\n"
-        "with hf_extrap.cli._importing():\n    import torch\n    assert not gc.isenabled()\n"
+        "import gc\nfrom hf_extrap.cli.imports import importing\n"
+        "collections = sum(row['collections'] for row in gc.get_stats())\n"
+        "with importing():\n    import torch\n    assert not gc.isenabled()\n"
         "assert sum(row['collections'] for row in gc.get_stats()) == collections\n"
         "kept = gc.get_freeze_count()\nassert gc.isenabled() and kept > 100_000, kept\n"
         # What a program holds after its imports is its own business.
-        "with hf_extrap.cli._importing():\n    assert gc.isenabled()\nassert gc.get_freeze_count() <= kept"
+        "with importing():\n    assert gc.isenabled()\nassert gc.get_freeze_count() <= kept"
     )
     assert heavy_modules_of(code) >= {"torch"}
 
@@ -236,14 +240,26 @@ def test_words_say_the_same_as_the_mapping() -> None:
 def test_processes_that_do_not_see_each_other_are_refused(
     tiny_translation: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build = configuration._build
-
-    def build_then_launch(*arguments: Any) -> Any:
-        built = build(*arguments)
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        return built
-
-    monkeypatch.setattr(configuration, "_build", build_then_launch)
-    assert "4 processes were launched, but the process group has 1" in error_of(
+    monkeypatch.setattr(ExtrapSeq2SeqTrainingArguments, "world_size", property(lambda self: 4))
+    assert "1 processes were launched, but the process group has 4" in error_of(
         ["train", str(tiny_translation)], capsys
     )
+
+
+def test_errors_of_files_are_one_sentence(
+    tmp_path: Path, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    below = ["train", str(tiny_language_model), "--output_dir", str(tmp_path / "file" / "run")]
+    assert "file" in error_of(below, capsys) and "irectory" in error_of(below, capsys)
+    for error, sentence in (
+        (OSError(errno.ENOSPC, "No space left on device", "run/model"), "run/model: No space left on device."),
+        (PermissionError(errno.EACCES, "Permission denied", "run"), "run: Permission denied."),
+        (OSError("gpt3 is not\n  a model"), "gpt3 is not a model."),
+        (yaml.YAMLError("a tab in line 3"), "a tab in line 3."),
+    ):
+        monkeypatch.setattr(check_launch, "run", Mock(side_effect=error))
+        assert error_of(["doctor"], capsys) == sentence
+    monkeypatch.setattr(check_launch, "run", Mock(side_effect=KeyError("a defect of the program")))
+    with pytest.raises(KeyError):
+        main(["doctor"])
