@@ -9,23 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.training.leaving import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap import ExtrapConfig, Extrapolated
-from hf_extrap.lab.scale.counting import CollectiveCounter
-
-PARAMETERS = 92
-PRESETS = {
-    "ddp": ("none", "extrap-past", "past-update", "gaussian", "optimistic", "extrap", "extragradient"),
-    "zero1": ("none", "extrap-past", "past-update", "gaussian", "optimistic", "extrap", "extragradient"),
-    "zero2": ("none", "extrap-past", "past-update", "gaussian", "optimistic", "extrap", "extragradient"),
-    "hsdp": ("none", "extrap-past", "past-update", "gaussian", "optimistic", "extrap", "extragradient"),
-    "zero3": ("none", "past-update", "gaussian", "optimistic", "extragradient"),
-}
+from hf_extrap.lab.counting import CollectiveCounter
+from hf_extrap.lab.scale import PRESETS
+from tests.support.leaving import leave
 
 
 def make(engine: str, preset: str) -> tuple[Any, Any, Extrapolated]:
@@ -83,7 +75,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     counted = {}
     for engine in sys.argv[1:]:
-        for preset in PRESETS[engine]:
+        for preset in PRESETS:
+            if engine == "zero3" and preset in ("extrap", "extrap-past"):
+                continue
             *_, last = steps(engine, preset)
             counted[f"{engine} {preset}"] = dict(last.sizes)
     if dist.get_rank() == 0:

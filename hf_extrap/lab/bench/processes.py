@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_extrap.lab.scale.counting import CollectiveCounter
+from hf_extrap.lab.counting import CollectiveCounter
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.processes import let_gloo_finish
