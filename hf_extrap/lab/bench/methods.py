@@ -1,4 +1,4 @@
-"""What is compared: the base optimizer alone, every preset, and the peers, as one training step each."""
+"""The compared methods as training steps: the base optimizer alone, every preset, and peers from other packages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .workloads import Made
 
 
 class NotInstalled(ValueError):
-    """A peer's package is missing."""
+    """The package of a peer is not installed."""
 
 
 def make(name: str, made: Made) -> tuple[Step, Any]:
-    """A method's step on a model of its own, and its optimizer.
+    """A method's training step on a model, and its optimizer.
 
     Args:
         name: one of `METHODS`.
@@ -29,7 +29,7 @@ def make(name: str, made: Made) -> tuple[Step, Any]:
 
     Raises:
         ValueError: for an unknown name.
-        NotInstalled: where the peer's package is not.
+        NotInstalled: if the peer's package is missing.
     """
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; allowed: {', '.join(METHODS)}.")
@@ -120,7 +120,7 @@ CONFIGS = {
     "extrap 0.5": ExtrapConfig.preset("extrap", batch_fraction=0.5),
     "extrap 0.25": ExtrapConfig.preset("extrap", batch_fraction=0.25),
 }
-"""The schemes of the methods that are ours."""
+"""Configurations of this package's methods."""
 
 METHODS: dict[str, Callable[[Made], tuple[Step, Any]]] = {
     "base": _base,
@@ -129,21 +129,21 @@ METHODS: dict[str, Callable[[Made], tuple[Step, Any]]] = {
     "pytorch_optimizer SAM": _sam,
     "cooper extragradient": _extragradient,
 }
-"""Everything that can be compared; `base` is what the others are compared with."""
+"""Every method, by name; the others are compared with `base`."""
 
 PEERS = {
     "schedulefree": "schedulefree",
     "pytorch_optimizer SAM": "pytorch_optimizer",
     "cooper extragradient": "cooper-optim",
 }
-"""Packages of the methods that are not ours."""
+"""Packages of the peers."""
 
 EXTRA_ALL_REDUCES = {"extragradient": 1, "pytorch_optimizer SAM": 1, "cooper extragradient": 1}
-"""Averagings of a whole gradient beside the base's one, under DistributedDataParallel; of the others none."""
+"""All-reduces of a whole gradient in addition to the base's, under DistributedDataParallel; 0 for other methods."""
 
 
 def _timed(made: Made, work: Callable[[], object]) -> Step:
-    """The work as a step: it gives the seconds that were not in passes."""
+    """The work as a step that returns its seconds outside of forward and backward passes."""
 
     def step() -> float:
         made.pass_seconds = 0.0
