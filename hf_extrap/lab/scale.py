@@ -339,9 +339,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             fine = np.geomspace(own["workers"].min(), own["workers"].max(), 100)
             axis.plot(fine, a + b * fine, style, color=color, linewidth=1.4, label=variant)
             axis.plot(own["workers"], values, "o", color=color, markersize=4)
-            axis.set_xticks(own["workers"], [str(k) for k in own["workers"]])
     for axis, label in zip(axes, ("seconds a step", "peak memory of the process, MB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="virtual workers K", ylabel=label)
+        axis.set_xticks(own["workers"], [str(k) for k in own["workers"]])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from hf_extrap.cli import main
-from hf_extrap.lab.bench import bench as module
 from hf_extrap.lab.bench import methods, workloads
 from hf_extrap.lab.bench.bench import bench
-from hf_extrap.lab.bench.fusion import compare
-from hf_extrap.lab.bench.memory import peak_bytes
 from hf_extrap.lab.bench.methods import METHODS, NotInstalled, make
 from hf_extrap.lab.bench.report import growth
-from hf_extrap.lab.bench.timing import WARM_UPS, interleaved, ratio, spread
 from hf_extrap.lab.bench.workloads import Made, Workload
 from hf_extrap.optim.config import PRESETS
 
@@ -37,7 +31,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         return model(torch.randn(max(1, round(8 * share)), 4, generator=generator)).square().mean()
 
     model = Workload("a line", lambda: torch.nn.Linear(4, 3), loss, "adamw", autocasts=True, workers=2)
-    for name, workload in {"tiny": model, "tiny-flat": workloads._flat(1000, 10)}.items():
+    for name, workload in {"tiny": model, "tiny-flat": workloads.flat_list(1000, 10)}.items():
         monkeypatch.setitem(workloads.WORKLOADS, name, workload)
     return "tiny"
 
@@ -96,35 +90,6 @@ def test_given_gradients_reach_hooks_and_parameters_uncopied(tiny: str) -> None:
         made.model.zero_grad()
 
 
-def test_rounds_are_interleaved_and_turned_round() -> None:
-    order: list[str] = []
-
-    def step(name: str) -> Any:
-        return lambda: order.append(name) or 0.0
-
-    found = interleaved({"a": step("a"), "b": step("b")}, rounds=4)
-    assert "".join(order)[2 * WARM_UPS :] in ("abbaabba", "baabbaab")
-    assert all(len(row["step"]) == len(row["optimizer"]) == 4 for row in found.values())
-
-
-def test_ratio_is_that_of_the_rounds() -> None:
-    base = np.random.default_rng(1).uniform(1, 5, 40)
-    noise = np.random.default_rng(2).normal(1, 0.01, 40)
-    middle, low, high = ratio(base * 1.5 * noise, base)
-    assert low < middle < high and abs(middle - 1.5) < 0.02 and high - low < 0.05
-    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-
-
-def test_peak_is_what_lived_at_once() -> None:
-    def work() -> torch.Tensor:
-        kept = torch.zeros(1_000_000)
-        for _ in range(3):
-            torch.zeros(500_000)
-        return kept
-
-    assert peak_bytes(CPU, work) == pytest.approx(6_000_000, rel=0.01)
-
-
 def test_a_peer_that_is_missing_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)
@@ -179,11 +144,6 @@ def test_growth_is_a_line() -> None:
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["`base`", "2.00", "3.0", "0 %"]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, for torch.compile on a CPU")
-def test_one_pass_is_three() -> None:
-    assert set(compare(1000, 2, CPU, rounds=2)) == {"one", "three", "base"}
-
-
 def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--workloads", "bert"], "workload is 'bert'; allowed: lstm"),
@@ -194,8 +154,8 @@ def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["bench", *words, "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err
     (tmp_path / "bench.json").write_text(json.dumps({"machine": {"torch": "0.1"}, "results": {}}))
-    with pytest.raises(ValueError, match="holds figures of another machine"):
-        module._begin(tmp_path / "bench.json", CPU)
+    with pytest.raises(ValueError, match="holds results of another machine"):
+        bench(["lstm"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -206,7 +166,7 @@ def test_precision_is_that_of_the_cpu_and_is_not_mixed(
     seen: list[bool] = []
     linear = torch.nn.Linear(4, 3)
     linear.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)
-    workloads._tokens(2, 3, 9)(linear, 0, 1.0)
+    workloads.token_loss(2, 3, 9)(linear, 0, 1.0)
     assert seen == [able]
     bench([tiny, "tiny-flat"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
     table = (tmp_path / "bench.md").read_text()
@@ -218,7 +178,9 @@ def test_precision_is_that_of_the_cpu_and_is_not_mixed(
         bench([tiny], ["base"], 2, output_dir=str(tmp_path), device="cpu")
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    assert module._too_large(workloads.WORKLOADS["gpt2"], CPU, 1) == "needs a GPU."
-    huge = workloads._flat(10**13, 10)
-    assert "needs 480000 GB" in str(module._too_large(huge, CPU, 2))
+def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(workloads.WORKLOADS, "flat-1e13-10", workloads.flat_list(10**13, 10))
+    bench(["gpt2", "flat-1e13-10"], ["none"], 2, output_dir=str(tmp_path), device="cpu")
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert {row["skipped"] for row in results["gpt2"].values()} == {"needs a GPU."}
+    assert all(row["skipped"].startswith("needs 480000 GB, and ") for row in results["flat-1e13-10"].values())

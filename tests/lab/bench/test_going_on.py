@@ -1,4 +1,4 @@
-"""A benchmark that goes on: what was skipped is tried again, what is measured is not, and time is looked at often."""
+"""A benchmark that continues: skipped methods are tried again, measured ones are not, and time is checked often."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from hf_extrap.lab.bench import bench as module
 from hf_extrap.lab.bench.bench import LOOPS, METHODS, PARTS, Loop, bench, workloads_of
 from hf_extrap.lab.bench.timing import WARM_UPS, Step
-from hf_extrap.lab.bench.workloads import WORKLOADS, Made, _flat
+from hf_extrap.lab.bench.workloads import WORKLOADS, Made, flat_list
 
 TINY = "flat-1e3-10"
 ROW = {
@@ -26,7 +26,7 @@ ROW = {
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WORKLOADS, TINY, _flat(1000, 10))
+    monkeypatch.setitem(WORKLOADS, TINY, flat_list(1000, 10))
 
 
 def rows_of(folder: Path, name: str = TINY) -> dict[str, Any]:
@@ -73,13 +73,13 @@ def test_a_later_call_measures_what_time_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = "flat-1e2-10"
-    monkeypatch.setitem(WORKLOADS, other, _flat(100, 10))
+    monkeypatch.setitem(WORKLOADS, other, flat_list(100, 10))
     clock = iter([0.0] * 2)
     with monkeypatch.context() as short:
         short.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock, 61.0)))
-        short.setattr(module, "_measure", lambda *_: {"base": ROW})
+        short.setattr(module, "measure", lambda *_: {"base": ROW})
         bench([TINY, other], ["base"], 2, minutes=1, output_dir=str(tmp_path), device="cpu")
-    assert f"Time is up before {other} is done; the same command goes on from here." in capsys.readouterr().out
+    assert f"Time is up before {other} is done; the same command continues from here." in capsys.readouterr().out
     assert rows_of(tmp_path, other) == {}
     bench([TINY, other], ["base"], 2, output_dir=str(tmp_path), device="cpu")
     assert rows_of(tmp_path) == {"base": ROW} and len(rows_of(tmp_path, other)["base"]["step"]) == 2
@@ -92,7 +92,7 @@ def test_the_base_alone_is_a_benchmark_too(tmp_path: Path) -> None:
 
 def test_what_is_done_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench([TINY], ["none"], 2, output_dir=str(tmp_path), device="cpu")
-    monkeypatch.setattr(module, "_measure", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(module, "measure", lambda *args: pytest.fail("measured again"))
     bench([TINY], ["none"], 2, output_dir=str(tmp_path), device="cpu")
 
 
@@ -114,10 +114,17 @@ def test_a_loop_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "2.000 (2.000 … 2.000)" in table and "2 × 5 steps" in table
 
 
-def test_memory_that_is_short_separates_methods() -> None:
-    assert module._groups(WORKLOADS["lstm"], ["base", "none", "extrap"]) == [["base", "none", "extrap"]]
-    assert module._groups(WORKLOADS["gpt2"], ["none", "extrap"]) == [["base", "none"], ["base", "extrap"]]
-    assert module._groups(WORKLOADS["lstm"], []) == module._groups(WORKLOADS["gpt2"], []) == []
+def test_methods_that_need_much_memory_are_measured_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[str]] = []
+
+    def measure(name: str, device: object, group: list[str], *_: object) -> dict[str, Any]:
+        groups.append(group)
+        return dict.fromkeys(group, ROW)
+
+    monkeypatch.setattr(module, "measure", measure)
+    for workload in ("gpt2", "lstm", "lstm"):
+        bench([workload], ["none", "extrap"], 2, output_dir=str(tmp_path), device="cpu")
+    assert groups == [["base", "none"], ["base", "extrap"], ["base", "none", "extrap"]]
 
 
 def test_a_part_is_made_of_what_there_is() -> None:
