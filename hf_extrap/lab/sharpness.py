@@ -1,4 +1,4 @@
-"""The sharpness of a saved model: the largest Hessian eigenvalue, and the loss along its eigenvector and the gradient."""
+"""The sharpness of a saved model: the largest Hessian eigenvalue, and the loss along two lines, with a figure."""
 
 from __future__ import annotations
 
@@ -202,6 +202,7 @@ def draw_sharpness(content: Mapping[str, Any], path: Path) -> None:
 def _draw_line(axes: Axes, at: np.ndarray, losses: list[float | None], parabola: np.ndarray) -> None:
     # JSON's null, a loss that is not finite, leaves a gap.
     values = np.array(losses, dtype=float)
+    values[~np.isfinite(values)] = np.nan
     axes.plot(at, values, color=COLOURS[0], linewidth=1.5, marker="o", markersize=2.5, label="loss")
     if np.isfinite(values).any() and (spread := np.nanmax(values) - np.nanmin(values)) > 0:
         axes.set_ylim(np.nanmin(values) - spread / 10, np.nanmax(values) + spread / 10)

@@ -40,12 +40,10 @@ class Loop(NamedTuple):
 LOOPS = {"trainer": Loop(trainers.run, trainers.GROUPS), "processes": Loop(processes.run, processes.GROUPS)}
 """Benchmarks with their own loop and methods."""
 
+MODELS = ("lstm", "translation", "resnet", "trainer")
 PARTS = {
-    "cpu": (
-        *("lstm", "translation", "resnet", "trainer", "processes"),
-        *("flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
-    ),
-    "gpu": ("gpt2", "lstm", "translation", "resnet", "trainer", "flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
+    "cpu": (*MODELS, "processes", "flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
+    "gpu": ("gpt2", *MODELS, "flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
 }
 """Workloads by part: those that two cores measure in about ten minutes, and those for a GPU."""
 
@@ -145,18 +143,14 @@ def measure(name: str, device: torch.device, methods: Sequence[str], rounds: int
         return {}
     del steps
     base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
+    shared = {"base_step": base["step"], "base_optimizer": base["optimizer"]}
+    shared |= {"parameters": sum(sizes), "tensors": len(sizes)}
     for method, found in seconds.items():
-        rows[method] = {
-            **found,
-            "base_step": base["step"],
-            "base_optimizer": base["optimizer"],
-            "parameters": sum(sizes),
-            "tensors": len(sizes),
-            "peak_bytes": peaks[method],
-            "extra_bytes_sent": 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0),
-            **_traffic(workload, method),
-            **({"package": f"{PEERS[method]} {version(PEERS[method])}"} if method in PEERS else {}),
-        }
+        sent = 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0)
+        rows[method] = {**found, **shared, "peak_bytes": peaks[method], "extra_bytes_sent": sent}
+        rows[method] |= _traffic(workload, method)
+        if method in PEERS:
+            rows[method]["package"] = f"{PEERS[method]} {version(PEERS[method])}"
     return rows
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from hf_extrap.optim.config import PRESETS, ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
 
@@ -21,18 +19,11 @@ class NotInstalled(ValueError):
 
 
 def make(name: str, made: Made) -> tuple[Step, Any]:
-    """A method's training step on a model, and its optimizer.
-
-    Args:
-        name: one of `METHODS`.
-        made: the model.
+    """The training step of a method in `METHODS` on a model, and its optimizer.
 
     Raises:
-        ValueError: for an unknown name.
-        NotInstalled: if the peer's package is missing.
+        NotInstalled: if the package of a peer is missing.
     """
-    if name not in METHODS:
-        raise ValueError(f"method is {name!r}; allowed: {', '.join(METHODS)}.")
     return METHODS[name](made)
 
 
@@ -73,19 +64,19 @@ def _extrapolated(config: ExtrapConfig) -> Callable[[Made], tuple[Step, Any]]:
 
 
 def _schedule_free(made: Made) -> tuple[Step, Any]:
-    library = _peer("schedulefree", PEERS["schedulefree"])
-    if made.workload.base == "adamw":
-        optimizer = library.AdamWScheduleFree(made.params, lr=1e-3)
-    else:
-        optimizer = library.SGDScheduleFree(made.params, lr=0.01)
+    library = _peer("schedulefree", "schedulefree")
+    kind = library.AdamWScheduleFree if made.workload.base == "adamw" else library.SGDScheduleFree
+    optimizer = kind(made.params, lr=made.workload.optimizer(made.params).defaults["lr"])
     optimizer.train()
     return _plain(made, optimizer), optimizer
 
 
 def _sam(made: Made) -> tuple[Step, Any]:
-    library = _peer("pytorch_optimizer", PEERS["pytorch_optimizer SAM"])
-    kind, fields = _base_class(made)
-    optimizer = library.SAM(made.params, kind, rho=0.05, **fields)
+    library = _peer("pytorch_optimizer", "pytorch_optimizer SAM")
+    base = made.workload.optimizer(made.params)
+    names = {"lr", "fused", *(("momentum", "nesterov") if made.workload.base == "nesterov" else ())}
+    fields = {name: value for name, value in base.defaults.items() if name in names}
+    optimizer = library.SAM(made.params, type(base), rho=0.05, **fields)
 
     def work() -> None:
         _passes(made)
@@ -97,7 +88,7 @@ def _sam(made: Made) -> tuple[Step, Any]:
 
 
 def _extragradient(made: Made) -> tuple[Step, Any]:
-    library = _peer("cooper.optim", PEERS["cooper extragradient"])
+    library = _peer("cooper.optim", "cooper extragradient")
     if made.workload.base == "adamw":
         optimizer = library.ExtraAdam(made.params, lr=1e-3)
     else:
@@ -166,14 +157,8 @@ def _finish(optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def _peer(module: str, package: str) -> Any:
+def _peer(module: str, method: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise NotInstalled(f"{package} is not installed; allowed: pip install {package}.") from None
-
-
-def _base_class(made: Made) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    base = made.workload.optimizer(made.params)
-    fields = {"lr", "fused", *(("momentum", "nesterov") if made.workload.base == "nesterov" else ())}
-    return type(base), {name: value for name, value in base.defaults.items() if name in fields}
+        raise NotInstalled(f"{PEERS[method]} is not installed; allowed: pip install {PEERS[method]}.") from None

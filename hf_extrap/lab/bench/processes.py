@@ -100,14 +100,9 @@ def _measure(name: str, rounds: int, end: float, kinds: Sequence[str]) -> dict[s
     factor, block = (MANY, BLOCK) if tuple(kinds) == CLOSE else (1, 1)
     found = interleaved(steps, factor * rounds, over=over, block=block)
     sent = {kind: _sent(step) for kind, step in steps.items()}
+    shared = {"block": block, "parameters": parameters, "base_step": found["base"]["step"] if found else []}
     return {
-        kind: {
-            "step": row["step"],
-            "base_step": found["base"]["step"],
-            "block": block,
-            "parameters": parameters,
-            "extra_bytes_sent": sent[kind] - sent["base"],
-        }
+        kind: {"step": row["step"], "extra_bytes_sent": sent[kind] - sent["base"], **shared}
         for kind, row in found.items()
     }
 

@@ -97,26 +97,17 @@ def growth(content: Mapping[str, Any]) -> str:
     methods = dict.fromkeys(method for found in flat.values() for method, row in found.items() if "optimizer" in row)
     rows = []
     for method in methods:
-        points = [
-            (found[method]["parameters"], found[method]["tensors"], spread(found[method]["optimizer"])[0])
-            for found in flat.values()
-            if "optimizer" in found.get(method, {})
-        ]
-        if len(points) < 3:
+        found = [results[method] for results in flat.values() if "optimizer" in results.get(method, {})]
+        if len(found) < 3:
             continue
-        sizes, seconds = np.array([point[:2] for point in points], float), np.array([point[2] for point in points])
+        sizes = np.array([[row["parameters"], row["tensors"]] for row in found], float)
+        seconds = np.array([spread(row["optimizer"])[0] for row in found])
         # Relative errors, so that every list has the same weight.
-        slopes, _ = nnls(sizes / seconds[:, None], np.ones(len(points)))
+        slopes, _ = nnls(sizes / seconds[:, None], np.ones(len(found)))
         off = np.abs(sizes @ slopes / seconds - 1).max()
-        rows.append(
-            {
-                "method": f"`{method}`",
-                "ns a parameter": f"{1e9 * slopes[0]:.2f}",
-                "µs a tensor": f"{1e6 * slopes[1]:.1f}",
-                "farthest from the line": f"{100 * off:.0f} %",
-            }
-        )
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+        rows.append([f"`{method}`", f"{1e9 * slopes[0]:.2f}", f"{1e6 * slopes[1]:.1f}", f"{100 * off:.0f} %"])
+    head = ["method", "ns a parameter", "µs a tensor", "farthest from the line"]
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True) if rows else ""
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
@@ -132,17 +123,12 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(rows) + 2.2, 0.28 * len(methods) + 1.3), layout="constrained")
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for panel, (name, found), colour in zip(panels, rows.items(), COLOURS, strict=False):
-        for place, method in enumerate(methods):
-            if method in found:
-                middle, low, high = ratio(found[method]["step"], found[method]["base_step"])
-                panel.barh(place, middle - 1, left=1, color=colour, alpha=0.6)
-                panel.plot([low, high], [place, place], color="black", linewidth=1)
-                panel.annotate(
-                    f"{middle:.2f}", (max(middle, high), place), (3, 0), textcoords="offset points", va="center"
-                )
+        for method, row in found.items():
+            place, (middle, low, high) = methods.index(method), ratio(row["step"], row["base_step"])
+            panel.barh(place, middle - 1, left=1, color=colour, alpha=0.6, xerr=[[middle - low], [high - middle]])
+            panel.annotate(f"{middle:.2f}", (max(middle, high), place), (3, 0), textcoords="offset points", va="center")
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_title(name)
-        panel.set_xlabel("step time ÷ base")
+        panel.set(title=name, xlabel="step time ÷ base")
         panel.margins(x=0.18)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), methods)

@@ -77,21 +77,14 @@ def _train(kind: str) -> float:
             seconds.append(time.perf_counter() - self.started)
 
     torch.manual_seed(0)
+    fields: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 16, "disable_tqdm": True}
+    fields |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
     with tempfile.TemporaryDirectory() as folder:
-        fields: dict[str, Any] = {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 16,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": not torch.cuda.is_available(),
-        }
+        fields |= {"output_dir": folder, "use_cpu": not torch.cuda.is_available()}
         if kind == "base":
-            trainer = Trainer(_model(), TrainingArguments(folder, **fields), train_dataset=_Rows())
+            trainer = Trainer(_model(), TrainingArguments(**fields), train_dataset=_Rows())
         else:
-            arguments = ExtrapTrainingArguments(folder, extrap=kind, **fields)
-            trainer = ExtrapTrainer(_model(), arguments, train_dataset=_Rows())
+            trainer = ExtrapTrainer(_model(), ExtrapTrainingArguments(extrap=kind, **fields), train_dataset=_Rows())
         trainer.add_callback(Clock())
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()

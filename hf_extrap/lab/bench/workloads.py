@@ -79,8 +79,7 @@ def _marian() -> nn.Module:
         fields |= {f"{side}_layers": 4, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 256}
     fields |= {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
     # As in the recipe: in bf16 on a CPU, sdpa is slower at these lengths.
-    fields["attn_implementation"] = "eager"
-    return MarianMTModel(MarianConfig(**fields, forced_eos_token_id=None))
+    return MarianMTModel(MarianConfig(**fields, attn_implementation="eager", forced_eos_token_id=None))
 
 
 def _resnet() -> nn.Module:
@@ -126,33 +125,18 @@ def image_loss(rows: int) -> Loss:
 
 def flat_list(parameters: int, tensors: int) -> Workload:
     """The workload of a flat list of float32 parameters in tensors of equal size."""
-    return Workload(
-        f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW",
-        lambda: Flat(parameters, tensors),
-        None,
-        "adamw",
-        flat=True,
-        bytes_each=6 * 4 * parameters,
-    )
+    title = f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW"
+    return Workload(title, lambda: Flat(parameters, tensors), None, "adamw", flat=True, bytes_each=24 * parameters)
 
 
+LSTM = "LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW"
+MARIAN = "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW"
+GPT2 = "GPT-2 small, 32 × 1,024 tokens, AdamW"
 WORKLOADS: dict[str, Workload] = {
-    "lstm": Workload(
-        "LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, token_loss(64, 16, 33_000), "adamw", 4, True
-    ),
-    "translation": Workload(
-        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, token_loss(32, 16, 4_000), "adamw", 2, True
-    ),
+    "lstm": Workload(LSTM, _lstm, token_loss(64, 16, 33_000), "adamw", 4, autocasts=True),
+    "translation": Workload(MARIAN, _marian, token_loss(32, 16, 4_000), "adamw", 2, autocasts=True),
     "resnet": Workload("ResNet-20, 128 images, SGD + Nesterov", _resnet, image_loss(128), "nesterov"),
-    "gpt2": Workload(
-        "GPT-2 small, 32 × 1,024 tokens, AdamW",
-        _gpt2,
-        token_loss(32, 1024, 50_000),
-        "adamw",
-        autocasts=True,
-        needs_gpu=True,
-        bytes_each=6 * 4 * 124_439_808,
-    ),
+    "gpt2": Workload(GPT2, _gpt2, token_loss(32, 1024, 50_000), "adamw", 1, True, False, True, 24 * 124_439_808),
     **{
         f"flat-{parameters:.0e}-{tensors}".replace("e+0", "e"): flat_list(parameters, tensors)
         for parameters in (10**6, 10**7, 10**8, 10**9)
