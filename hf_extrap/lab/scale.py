@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import pandas as pd
 import torch
 from tabulate import tabulate
 from torch import nn
+from tqdm import tqdm
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
@@ -33,7 +33,6 @@ ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3,
 
 PRESETS = ("none", "extrap-past", "past-update", "gaussian", "optimistic", "extrap", "extragradient")
 
-WORKERS = (1, 4, 16, 64, 256)
 PLACES = {"": {}, ", bfloat16": {"direction_dtype": "bfloat16"}, ", on the host": {"direction_device": "cpu"}}
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "none": ("none", {}),
@@ -43,8 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
 """Preset and fields of each measured variant; without a suffix, directions are float32 on the parameters' device."""
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """Bytes per element; the defaults are bf16 mixed precision with AdamW, 16 bytes per parameter in all.
 
     Attributes:
@@ -60,17 +58,11 @@ class Precision:
     moments: int = 8
 
 
-FLOAT32 = Precision(weights=4, gradients=4, master=0, moments=8)
+BF16, FLOAT32 = Precision(), Precision(weights=4, gradients=4, master=0, moments=8)
 
 
 class Collective(NamedTuple):
-    """One collective operation.
-
-    Attributes:
-        kind: `all_reduce`, `reduce_scatter` or `all_gather`.
-        size: bytes of the whole tensor, all shards together.
-        group: number of processes that take part.
-    """
+    """A collective: `all_reduce`, `reduce_scatter` or `all_gather`, bytes of the whole tensor, number of processes."""
 
     kind: str
     size: float
@@ -86,7 +78,7 @@ def sent(collectives: list[Collective]) -> float:
 
 
 def communication(
-    engine: str, preset: str, parameters: int, ranks: int, precision: Precision | None = None, node: int = 8
+    engine: str, preset: str, parameters: int, ranks: int, precision: Precision = BF16, node: int = 8
 ) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one step.
 
@@ -106,7 +98,7 @@ def communication(
         ValueError: for an unknown name, a number of ranks that is no multiple of `node`, or a local direction on an
             engine whose ranks share one copy of the weights.
     """
-    p = precision or Precision()
+    p = precision
     _check(engine, preset, ranks, node)
     gradients, weights = parameters * p.gradients, parameters * p.weights
     reduce = Collective("all_reduce", gradients, ranks)
@@ -134,7 +126,7 @@ def memory(
     preset: str,
     parameters: int,
     ranks: int,
-    precision: Precision | None = None,
+    precision: Precision = BF16,
     node: int = 8,
     virtual_workers: int = 1,
     swap: bool = False,
@@ -153,7 +145,7 @@ def memory(
     Raises:
         ValueError: as `communication` does.
     """
-    p = precision or Precision()
+    p = precision
     _check(engine, preset, ranks, node)
     shards = {"zero3": ranks, "hsdp": node}.get(engine, 1)
     directions = {
@@ -305,22 +297,19 @@ def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def simulation_tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown tables of seconds and MB by variant and K, with fitted lines."""
-    frame = pd.DataFrame(rows).sort_values("workers")
-    frame["peak"], frame["held"] = frame["peak_bytes"] / 1e6, frame["held_bytes"] / 1e6
-    parts = []
-    for column, title, form, factor in (("seconds", "s a step", ".3f", 1e3), ("peak", "peak, MB", ",.0f", 1)):
-        table = []
-        for variant, own in frame.groupby("variant", sort=False):
-            a, b = line(own["workers"], own[column])
-            cells = {f"K = {k}": format(v, form) for k, v in zip(own["workers"], own[column], strict=True)}
-            row = {title: variant, **cells}
-            row["ms + ms · K" if factor > 1 else "MB + MB · K"] = f"{factor * a:.1f} + {factor * b:.2f} · K"
-            if column == "peak":
-                row["held"] = f"{own['held'].iloc[-1]:,.1f}"
-            table.append(row)
-        parts.append(tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True))
-    return "\n\n".join(parts)
+    """Markdown tables of seconds and MB by variant and K, with fitted lines, and MB held at the largest K."""
+    seconds, peaks = [], []
+    for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
+        heads, peak = [f"K = {k}" for k in own["workers"]], own["peak_bytes"] / 1e6
+        a, b = line(own["workers"], own["seconds"])
+        cells = dict(zip(heads, own["seconds"].map("{:.3f}".format), strict=True))
+        seconds.append({"s a step": variant, **cells, "ms + ms · K": f"{1e3 * a:.1f} + {1e3 * b:.2f} · K"})
+        a, b = line(own["workers"], peak)
+        cells = dict(zip(heads, peak.map("{:,.0f}".format), strict=True))
+        held = f"{own['held_bytes'].iloc[-1] / 1e6:,.1f}"
+        peaks.append({"peak, MB": variant, **cells, "MB + MB · K": f"{a:.0f} + {b:.2f} · K", "held": held})
+    tables = (tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (seconds, peaks))
+    return "\n\n".join(tables)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -358,27 +347,23 @@ def main() -> None:
     plan.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
     plan.add_argument("--node", type=int, default=8, help="ranks that share one copy of the weights under HSDP")
     simulate = commands.add_parser("simulate", help="seconds and memory of virtual workers on this machine's CPU")
-    simulate.add_argument("--workers", type=int, nargs="+", default=list(WORKERS))
+    simulate.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     simulate.add_argument("--width", type=int, default=512)
     simulate.add_argument("--json", type=Path, default=Path("docs/scale.json"))
     simulate.add_argument("--figure", type=Path, default=Path("docs/figures/scale_virtual_workers.png"))
     cell = commands.add_parser("cell", help="one cell of a simulation, as JSON")
     cell.add_argument("variant", choices=VARIANTS)
     cell.add_argument("numbers", type=int, nargs=4, metavar="N", help="workers, steps, width, batch")
-    arguments = parser.parse_args()
-    if arguments.command == "plan":
-        print(plan_tables(arguments.parameters, arguments.ranks, arguments.node))
-    elif arguments.command == "cell":
-        print(json.dumps(_run_cell(arguments.variant, *arguments.numbers)))
+    given = parser.parse_args()
+    if given.command == "plan":
+        print(plan_tables(given.parameters, given.ranks, given.node))
+    elif given.command == "cell":
+        print(json.dumps(_run_cell(given.variant, *given.numbers)))
     else:
-        rows = []
-        for workers in arguments.workers:
-            for variant in VARIANTS:
-                rows.append(measure(variant, workers, width=arguments.width))
-                print(json.dumps(rows[-1]), flush=True)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-        draw(rows, arguments.figure)
+        rows = [measure(variant, k, width=given.width) for k in tqdm(given.workers) for variant in VARIANTS]
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+        draw(rows, given.figure)
         print(simulation_tables(rows))
 
 

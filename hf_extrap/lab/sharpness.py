@@ -132,18 +132,17 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
         along_gradient = mean_loss.along(-gradient, rates, bar.update)
         along_eigenvector = mean_loss.along(top.vector, lengths, bar.update)
     rate = saved.learning_rate
+    preconditioned_names = {"sharpness": "value", "residual": "residual", "products": "products"}
     return {
         "loss": loss,
         "gradient_norm": norm,
         "sharpness": top.value,
         "sharpness_residual": top.residual,
         "sharpness_products": top.products,
+        **{f"preconditioned_{key}": getattr(in_metric, name, None) for key, name in preconditioned_names.items()},
         "difference_error": mean_loss.product_error(top.vector) if top.value else 0.0,
         "gradient_curvature": bend,
         "eigenvector_slope": float(gradient @ top.vector),
-        "preconditioned_sharpness": in_metric.value if in_metric else None,
-        "preconditioned_residual": in_metric.residual if in_metric else None,
-        "preconditioned_products": in_metric.products if in_metric else None,
         "learning_rate": rate,
         "lines": {
             "gradient": {
@@ -218,14 +217,12 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     """Print the measurement, and where its files are."""
     console = console or Console()
     rate, in_metric = content["learning_rate"], content["preconditioned_sharpness"]
+    effort = f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"
     rows = [
         ["loss", f"{content['loss']:.6g}"],
         ["norm of the gradient", f"{content['gradient_norm']:.4g}"],
         ["sharpness, the largest eigenvalue of the Hessian", f"{content['sharpness']:.4g}"],
-        [
-            "  its residual, and the number of products",
-            f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}",
-        ],
+        ["  its residual, and the number of products", effort],
         ["  error of its product against central differences", f"{content['difference_error']:.1e}"],
         ["curvature along the gradient", f"{content['gradient_curvature']:.4g}"],
     ]
@@ -234,13 +231,10 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     if rate:
         rows.append(["learning rate of the next step", f"{rate:.4g}"])
         rows.append(["  times the sharpness (gradient descent: stable below 2)", f"{rate * content['sharpness']:.4g}"])
-        if in_metric is not None:
-            rows.append(["  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)", f"{rate * in_metric:.4g}"])
-    title = (
-        f"Sharpness of {content['checkpoint']}: {content['batches']} × {content['batch_size']} rows of "
-        f"{content['split']}, by {content['differentiation']}"
-    )
+    if rate and in_metric is not None:
+        rows.append(["  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)", f"{rate * in_metric:.4g}"])
+    what = f"{content['batches']} × {content['batch_size']} rows of {content['split']}, by {content['differentiation']}"
     console.print()
-    console.print(make_table(title, ["measured", "value"], rows))
+    console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))
     for name, file in (("figure", FIGURE_FILE), ("all numbers", SHARPNESS_FILE)):
         console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False)

@@ -43,7 +43,7 @@ def test_a_failure_is_a_sentence(
         processes, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
     )
     assert main(["bench", "--workloads", "processes", "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"hf-extrap: error: the benchmark of two processes failed: {reason}\n"
+    assert capsys.readouterr().err == f"hf-extrap: error: the benchmark of two processes failed: {reason}.\n"
 
 
 @pytest.mark.slow
