@@ -1,4 +1,4 @@
-"""Every shipped launch configuration starts what it is called, with real processes; two fall back as doctor warns."""
+"""Every shipped launch configuration starts what its name says, with real processes; two fall back as doctor warns."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def count_step(engine: str, preset: str) -> CollectiveCounter:
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,
         }
-        settings["zero_optimization"] = {"stage": int(engine[-1])}
+        settings |= {"zero_allow_untested_optimizer": True, "zero_optimization": {"stage": int(engine[-1])}}
         model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     optimizer.connect(model)
     for _ in range(4):
