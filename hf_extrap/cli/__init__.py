@@ -70,8 +70,9 @@ def _sentence(error: Exception) -> str | None:
     """The message of an error that the user can correct, on one line; None for any other error."""
     if isinstance(error, OSError) and error.strerror:
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}."
-    # By name, because importing yaml takes longer than parsing the command line.
-    if isinstance(error, ValueError | OSError) or "YAMLError" in [kind.__name__ for kind in type(error).__mro__]:
-        sentence = " ".join(str(error).split())
-        return sentence if sentence.endswith(".") else f"{sentence}."
-    return None
+    # By name, because importing these libraries takes longer than parsing the command line.
+    named = {"YAMLError", "SafetensorError"} & {kind.__name__ for kind in type(error).__mro__}
+    sentence = " ".join(str(error).split()).removesuffix(".") + "."
+    if "inline_container.cc" in sentence or "PytorchStreamWriter" in sentence:
+        return f"torch.save cannot write a file, as on a full disk: {sentence}"
+    return sentence if named or isinstance(error, ValueError | OSError) else None

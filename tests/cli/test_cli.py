@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 
 from hf_extrap.cli import check_launch, main
@@ -190,9 +191,7 @@ def test_a_developer_can_have_the_traceback(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_no_is_a_word_if_the_field_is_a_string(tmp_path: Path) -> None:
-    (tmp_path / "no.yaml").write_text(
-        "task: translation\nsave_strategy: no\nbf16: no\ndisable_tqdm: true\n"
-    )
+    (tmp_path / "no.yaml").write_text("task: translation\nsave_strategy: no\nbf16: no\ndisable_tqdm: true\n")
     found = resolve(tmp_path / "no.yaml").training_arguments
     assert (found.save_strategy, found.bf16, found.disable_tqdm) == ("no", False, True)
 
@@ -226,11 +225,14 @@ def test_errors_of_files_are_one_sentence(
     (tmp_path / "file").write_text("")
     below = ["train", str(tiny_language_model), "--output_dir", str(tmp_path / "file" / "run")]
     assert "file" in error_of(below, capsys) and "irectory" in error_of(below, capsys)
+    with pytest.raises(RuntimeError) as full_disk:
+        torch.save(torch.zeros(10**6), "/dev/full")
     for error, sentence in (
         (OSError(errno.ENOSPC, "No space left on device", "run/model"), "run/model: No space left on device."),
         (PermissionError(errno.EACCES, "Permission denied", "run"), "run: Permission denied."),
         (OSError("gpt3 is not\n  a model"), "gpt3 is not a model."),
         (yaml.YAMLError("a tab in line 3"), "a tab in line 3."),
+        (full_disk.value, f"torch.save cannot write a file, as on a full disk: {full_disk.value}."),
     ):
         monkeypatch.setattr(check_launch, "run", Mock(side_effect=error))
         assert error_of(["doctor"], capsys) == sentence
