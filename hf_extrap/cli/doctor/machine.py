@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def this_machine() -> Machine:
 
 def _gloo_starts() -> bool:
     try:
-        return dist.is_gloo_available() and bool(dist.ProcessGroupGloo(dist.HashStore(), 0, 1))
+        return dist.is_gloo_available() and bool(dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=30)))
     except RuntimeError:
         return False
 

@@ -143,7 +143,7 @@ def measure(name: str, device: torch.device, methods: Sequence[str], rounds: int
         return {}
     del steps
     base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
-    shared = {"base_step": base["step"], "base_optimizer": base["optimizer"]}
+    shared: dict[str, Any] = {"base_step": base["step"], "base_optimizer": base["optimizer"]}
     shared |= {"parameters": sum(sizes), "tensors": len(sizes)}
     for method, found in seconds.items():
         sent = 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0)

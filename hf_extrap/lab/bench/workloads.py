@@ -79,7 +79,8 @@ def _marian() -> nn.Module:
         fields |= {f"{side}_layers": 4, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 256}
     fields |= {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
     # As in the recipe: in bf16 on a CPU, sdpa is slower at these lengths.
-    return MarianMTModel(MarianConfig(**fields, attn_implementation="eager", forced_eos_token_id=None))
+    fields["attn_implementation"] = "eager"
+    return MarianMTModel(MarianConfig(**fields, forced_eos_token_id=None))
 
 
 def _resnet() -> nn.Module:
