@@ -1,20 +1,22 @@
-"""The sharpness of a saved model: the largest Hessian eigenvalue, and the loss along its direction and the gradient."""
+"""The sharpness of a saved model: the largest Hessian eigenvalue, and the loss along two lines, with a figure."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_extrap.lab.sharpness_figure import draw_sharpness
+from hf_extrap.recipes.figures import COLOURS
 from hf_extrap.recipes.run_folder import versions, write_json
 from hf_extrap.recipes.saved_run import SavedRun, load_saved_run
 from hf_extrap.recipes.tables import make_table
@@ -25,7 +27,7 @@ from hf_extrap.training.curvature.preconditioner import preconditioned
 SHARPNESS_FILE = "sharpness.json"
 FIGURE_FILE = "sharpness.png"
 POINTS = 33
-"""Values of the loss along each line."""
+"""Number of losses along each line."""
 
 
 def sharpness(
@@ -41,27 +43,27 @@ def sharpness(
     output_dir: str | Path | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a saved model and leave sharpness.json and sharpness.png beside it.
+    """Measure a saved model, and write sharpness.json and sharpness.png to its folder.
 
     Args:
         checkpoint: folder of a run, of a checkpoint in it, or of any saved model.
-        words: `--field value …`, which win over the run's own fields.
-        config: YAML file with the fields of a saved model that no run.json describes.
-        batches: how many batches the loss is averaged over, the first of the split in the run's own order and size,
-            without dropout and augmentation.
+        words: `--field value …`, which override the run's own fields.
+        config: YAML file with the fields of a saved model without run.json.
+        batches: number of batches that the loss is averaged over: the first of the split in the run's own order and
+            size, without dropout and augmentation.
         split: `train` or `validation`.
         differentiation: `autograd` or `differences`, see `MeanLoss`.
         batch_norm: `batch` or `running`, see `MeanLoss`.
         tolerance: of the eigenvalues' residual.
         output_dir: folder to write to; default: the checkpoint's.
-        command: what the user typed, for the record.
+        command: the command line, for the record.
 
     Returns:
         The content of sharpness.json.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no weights or data.
-        ValueError: a wrong value, a folder that holds a measurement already, or a model that cannot be measured.
+        FileNotFoundError: the folder, its weights or the data do not exist.
+        ValueError: a value that is not allowed, a folder that holds a measurement, or a model that cannot be measured.
     """
     if batches < 1:
         raise ValueError(f"batches is {batches}; allowed: a whole number >= 1.")
@@ -99,7 +101,7 @@ def sharpness(
         "command": command or shlex.join(["hf-extrap", *sys.argv[1:]]),
     }
     write_json(folder / SHARPNESS_FILE, content)
-    draw_sharpness(content, folder / FIGURE_FILE, f"{content['task'].replace('_', ' ')}, {Path(checkpoint).name}")
+    draw_sharpness(content, folder / FIGURE_FILE)
     return content
 
 
@@ -113,7 +115,7 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
     loss, gradient = mean_loss.value(), mean_loss.gradient()
     norm = float(gradient.norm())
     if not math.isfinite(loss + norm):
-        raise CurvatureError(f"the loss is {loss:g} and its gradient {norm:g} long: the run has diverged.")
+        raise CurvatureError(f"the loss is {loss:g} and the norm of its gradient {norm:g}: the run has diverged.")
     top = _eigenpair(mean_loss.hessian_product, mean_loss, tolerance, "Hessian products", quiet)
     direction = gradient / norm if norm else gradient
     bend = float(direction @ mean_loss.hessian_product(direction)) if norm else 0.0
@@ -123,7 +125,7 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
         product = preconditioned(mean_loss.hessian_product, preconditioner)
         in_metric = _eigenpair(product, mean_loss, tolerance, "products in Adam's metric", quiet)
 
-    # The parabola of the gradient has its minimum at 1 / bend; that of the eigenvector rises by half the loss.
+    # Along the gradient the parabola has its minimum at 1 / bend; along the eigenvector it rises by half the loss.
     unit = next((1 / curvature for curvature in (bend, top.value) if curvature > 0), saved.learning_rate or 1.0)
     rates = [float(rate) for rate in unit * np.linspace(-1, 3, POINTS)]
     reach = math.sqrt(abs(loss / top.value)) if top.value else 1.0
@@ -132,18 +134,17 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
         along_gradient = mean_loss.along(-gradient, rates, bar.update)
         along_eigenvector = mean_loss.along(top.vector, lengths, bar.update)
     rate = saved.learning_rate
+    preconditioned_names = {"sharpness": "value", "residual": "residual", "products": "products"}
     return {
         "loss": loss,
         "gradient_norm": norm,
         "sharpness": top.value,
         "sharpness_residual": top.residual,
         "sharpness_products": top.products,
+        **{f"preconditioned_{key}": getattr(in_metric, name, None) for key, name in preconditioned_names.items()},
         "difference_error": mean_loss.product_error(top.vector) if top.value else 0.0,
         "gradient_curvature": bend,
         "eigenvector_slope": float(gradient @ top.vector),
-        "preconditioned_sharpness": in_metric.value if in_metric else None,
-        "preconditioned_residual": in_metric.residual if in_metric else None,
-        "preconditioned_products": in_metric.products if in_metric else None,
         "learning_rate": rate,
         "lines": {
             "gradient": {
@@ -170,16 +171,61 @@ def _eigenpair(
         return largest_eigenpair(counted, mean_loss.point, tolerance=tolerance)
 
 
+def draw_sharpness(content: Mapping[str, Any], path: Path) -> None:
+    """Draw the loss along both lines, with the parabola that slope and curvature at 0 predict.
+
+    Args:
+        content: of sharpness.json.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines, norm = content["lines"], content["gradient_norm"]
+    rates = np.array(lines["gradient"]["learning_rate"])
+    parabola = content["loss"] - norm**2 * (rates - content["gradient_curvature"] * rates**2 / 2)
+    _draw_line(left, rates, lines["gradient"]["loss"], parabola)
+    left.set_xlabel("learning rate γ of one gradient step, x − γ g", fontsize=9)
+    left.set_ylabel("loss", fontsize=9)
+    if norm:
+        lengths = left.secondary_xaxis("top", functions=(lambda rate: rate * norm, lambda t: t / norm))
+        lengths.set_xlabel("length of the step, ‖γ g‖", fontsize=9)
+        lengths.tick_params(labelsize=9)
+    t = np.array(lines["eigenvector"]["length"])
+    parabola = content["loss"] + content["eigenvector_slope"] * t + content["sharpness"] * t**2 / 2
+    _draw_line(right, t, lines["eigenvector"]["loss"], parabola)
+    right.set_xlabel("length t of the step along the eigenvector", fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    title = f"{content['task'].replace('_', ' ')}, {Path(content['checkpoint']).name}"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+
+
+def _draw_line(axes: Axes, at: np.ndarray, losses: list[float | None], parabola: np.ndarray) -> None:
+    # JSON's null, a loss that is not finite, leaves a gap.
+    values = np.array(losses, dtype=float)
+    values[~np.isfinite(values)] = np.nan
+    axes.plot(at, values, color=COLOURS[0], linewidth=1.5, marker="o", markersize=2.5, label="loss")
+    if np.isfinite(values).any() and (spread := np.nanmax(values) - np.nanmin(values)) > 0:
+        axes.set_ylim(np.nanmin(values) - spread / 10, np.nanmax(values) + spread / 10)
+    axes.plot(at, parabola, color=COLOURS[1], linewidth=1.2, linestyle="--", label="slope and curvature at 0")
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=9)
+    axes.ticklabel_format(scilimits=(-3, 4))
+
+
 def print_sharpness(content: dict[str, Any], folder: str | Path, console: Console | None = None) -> None:
-    """Print what was measured, and where it lies."""
+    """Print the measurement, and where its files are."""
     console = console or Console()
     rate, in_metric = content["learning_rate"], content["preconditioned_sharpness"]
+    effort = f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"
     rows = [
         ["loss", f"{content['loss']:.6g}"],
-        ["length of the gradient", f"{content['gradient_norm']:.4g}"],
+        ["norm of the gradient", f"{content['gradient_norm']:.4g}"],
         ["sharpness, the largest eigenvalue of the Hessian", f"{content['sharpness']:.4g}"],
-        ["  its residual, and products used", f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"],
-        ["  its product against central differences", f"{content['difference_error']:.1e}"],
+        ["  its residual, and the number of products", effort],
+        ["  error of its product against central differences", f"{content['difference_error']:.1e}"],
         ["curvature along the gradient", f"{content['gradient_curvature']:.4g}"],
     ]
     if in_metric is not None:
@@ -187,13 +233,10 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     if rate:
         rows.append(["learning rate of the next step", f"{rate:.4g}"])
         rows.append(["  times the sharpness (gradient descent: stable below 2)", f"{rate * content['sharpness']:.4g}"])
-        if in_metric is not None:
-            rows.append(["  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)", f"{rate * in_metric:.4g}"])
-    title = (
-        f"Sharpness of {content['checkpoint']}: {content['batches']} × {content['batch_size']} rows of "
-        f"{content['split']}, by {content['differentiation']}"
-    )
+    if rate and in_metric is not None:
+        rows.append(["  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)", f"{rate * in_metric:.4g}"])
+    what = f"{content['batches']} × {content['batch_size']} rows of {content['split']}, by {content['differentiation']}"
     console.print()
-    console.print(make_table(title, ["measured", "value"], rows))
+    console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))
     for name, file in (("figure", FIGURE_FILE), ("all numbers", SHARPNESS_FILE)):
         console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False)

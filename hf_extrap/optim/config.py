@@ -1,4 +1,4 @@
-"""What to extrapolate along, and how far: a frozen, validated configuration that imports no torch."""
+"""The configuration of an extrapolation scheme: frozen, validated, and independent of torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .presets import PRESETS
+
 Direction = Literal["none", "gradient", "past_gradient", "past_update", "gaussian", "uniform"]
 Scope = Literal["local", "global"]
 Scaling = Literal["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
@@ -16,10 +18,8 @@ Batch = Literal["same", "independent"]
 DirectionDtype = Literal["float32", "bfloat16", "float16"]
 DirectionDevice = Literal["cpu"]
 
-PAST_DIRECTIONS: tuple[str, ...] = ("past_gradient", "past_update")
-NOISE_DIRECTIONS: tuple[str, ...] = ("gaussian", "uniform")
 STEP_SCALINGS: tuple[str, ...] = ("step", "layer_step")
-"""Scalings in which the step size is a share of the last step of x."""
+"""Scalings by which the step size is a share of the last step of x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +28,36 @@ class ExtrapConfig:
 
     Parameters that control the direction d:
         direction: `none` (the base optimizer alone), `gradient` (a fresh gradient at x), `past_gradient` (the gradient
-            of the last step), `past_update` (the last update of the base optimizer over its learning rate), or i.i.d.
-            noise, `gaussian` N(0, 1) and `uniform` U(−1, 1).
-        scope: `local`, each worker its own d and y; `global`, all workers share them.
-        ascent: go up instead of down (SAM).
+            of the last step), `past_update` (the last update of x divided by the learning rate), or i.i.d. noise,
+            `gaussian` N(0, 1) and `uniform` U(−1, 1).
+        scope: `local`, each worker has its own d and y; `global`, all workers share them, as they always share a
+            `past_update`.
+        ascent: reverse the sign of d (SAM).
         batch: samples of a fresh direction: the `same` as the step's own, or `independent` ones.
         batch_fraction: share of the local batch that a fresh direction uses, in (0, 1].
         precondition: multiply a gradient direction by Adam's P = 1 / (√v̂ + ε), from the state of the base optimizer;
             `auto` then measures the curvature in that metric.
-        direction_dtype: the type in which directions are stored; None keeps that of the parameters.
-        direction_device: `cpu` keeps the directions of virtual workers in the host's memory, pinned where the
-            parameters are on a GPU, and copies one worker's to and fro while another one runs; None keeps them beside
-            the parameters. There the direction of a single worker, or of all, stays in any case.
-        swap: let a parameter point to the memory of y and then back to its own, in place of copying x: no copy is made,
-            and y lies over its spent direction. None swaps on the CPU alone, since a CUDA graph reads the addresses
-            that it was recorded with. Parameters that share memory, or whose engine owns it, are copied in any case.
-        check_finite: give up a step whose averaged gradient is not finite, for which the host waits for the device once
-            a step; without, such a gradient goes into x, as it does with the base optimizer alone.
+        direction_dtype: dtype in which directions are stored; None keeps that of the parameters.
+        direction_device: `cpu` offloads the directions of virtual workers to host memory, pinned if the parameters are
+            on a GPU, and copies one worker's while another one computes. A single direction stays on the device.
+        swap: let a parameter point to the memory of y and then back to its own, instead of copying x. None swaps on
+            the CPU alone, since a CUDA graph reads the addresses that it was recorded with. Parameters that share
+            memory, or that an engine owns, are copied in any case.
+        check_finite: skip a step whose averaged gradient is not finite, which synchronizes with the device once per
+            step. If false, such a gradient is stepped with, as by the base optimizer alone.
         seed: of the noise and of stochastic rounding.
 
-    Parameters that control the length of the move:
-        scaling: S, see `hf_extrap.optim.displacement.scale_direction`.
-        step_size: η, a number > 0, or `auto`: `curvature_share` / L̂ with L̂ the curvature measured along the direction.
-            With the scalings `step` and `layer_step` it is the share of the last step of x that y lies away.
-        step_ratio: η as a share > 0 of the current learning rate. Exactly one of step_size and step_ratio is given.
-        curvature_share: c of η = c / L̂, in (0, 1); read by `auto` alone.
-        probe_every: with `auto` and a past direction, every how many steps a fresh gradient measures the curvature.
-        anneal: let step_size follow the learning rate: η · lr / peak lr. A step_ratio follows it by itself, and so does
-            a share of the last step.
-        max_displacement: cap of ‖x − y‖ as a share of the length of the last step of x; None for no cap.
+    Parameters that control the distance between x and y:
+        scaling: S, one of `hf_extrap.optim.scaling`.
+        step_size: η, a number >= 0, or `auto`: `curvature_share` / L̂, where L̂ is the curvature measured along the
+            direction. With the scalings `step` and `layer_step` it is a share of the last step of x.
+        step_ratio: η as a ratio >= 0 of the current learning rate. Exactly one of step_size and step_ratio is given.
+        curvature_share: c of η = c / L̂, in (0, 1), for `auto`.
+        probe_every: with `auto` and a past direction, number of steps from one measurement of the curvature to the
+            next.
+        anneal: let step_size follow the learning rate: η · lr / peak lr. A step_ratio, and a share of the last step,
+            follow it in any case.
+        max_displacement: upper bound of ‖x − y‖ as a share of the length of the last step of x; None for no bound.
 
     Parameters that control when:
         start_step: first step that extrapolates, counted from 0.
@@ -88,11 +89,10 @@ class ExtrapConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
-        self._check_step()
+        self._check_fields()
+        self._check_combination()
 
-    def _check_choices(self) -> None:
+    def _check_fields(self) -> None:
         for name, choices in (
             ("direction", get_args(Direction)),
             ("scope", get_args(Scope)),
@@ -101,41 +101,33 @@ class ExtrapConfig:
             ("direction_dtype", (None, *get_args(DirectionDtype))),
             ("direction_device", (None, *get_args(DirectionDevice))),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {_listed(choices)}.")
+            value = getattr(self, name)
+            self._check(name, (value is None or isinstance(value, str)) and value in choices, _listed(choices))
         for name in ("ascent", "anneal", "precondition", "check_finite"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: true, false.")
-        if self.swap is not None and not isinstance(self.swap, bool):
-            raise ValueError(f"swap is {self.swap!r}; allowed: true, false, none.")
-
-    def _check_numbers(self) -> None:
-        if not (_is_number(self.batch_fraction) and 0 < self.batch_fraction <= 1):
-            raise ValueError(f"batch_fraction is {self.batch_fraction!r}; allowed: a number in (0, 1].")
-        if not (_is_number(self.curvature_share) and 0 < self.curvature_share < 1):
-            raise ValueError(f"curvature_share is {self.curvature_share!r}; allowed: a number in (0, 1).")
-        if self.max_displacement is not None and not (_is_number(self.max_displacement) and self.max_displacement > 0):
-            raise ValueError(f"max_displacement is {self.max_displacement!r}; allowed: a number > 0, or none.")
+            self._check(name, isinstance(getattr(self, name), bool), "true, false")
+        self._check("swap", self.swap is None or isinstance(self.swap, bool), "true, false, none")
+        fraction, share, cap = self.batch_fraction, self.curvature_share, self.max_displacement
+        self._check("batch_fraction", _is_number(fraction) and 0 < fraction <= 1, "a number in (0, 1]")
+        self._check("curvature_share", _is_number(share) and 0 < share < 1, "a number in (0, 1)")
+        self._check("max_displacement", cap is None or (_is_number(cap) and cap > 0), "a number > 0, or none")
         for name, least in (("probe_every", 1), ("start_step", 0), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; allowed: a whole number >= {least}.")
-        if self.end_step is not None and not (
-            isinstance(self.end_step, int) and not isinstance(self.end_step, bool) and self.end_step > self.start_step
-        ):
-            raise ValueError(
-                f"end_step is {self.end_step!r}; allowed: a whole number > start_step ({self.start_step}), or none."
-            )
-
-    def _check_step(self) -> None:
-        for name in ("step_size", "step_ratio"):
+            self._check(name, _is_whole(value) and value >= least, f"a whole number >= {least}")
+        end = self.end_step
+        after_start = end is None or (_is_whole(end) and end > self.start_step)
+        self._check("end_step", after_start, f"a whole number > start_step ({self.start_step}), or none")
+        # A length of 0 is the base optimizer alone: allowed, as the end of a sweep.
+        for name, word in (("step_size", "auto"), ("step_ratio", None)):
             value = getattr(self, name)
-            if value is None or (name == "step_size" and value == "auto"):
-                continue
-            # 0 is the base optimizer alone: allowed, as the end of every sweep.
-            if not (_is_number(value) and value >= 0):
-                allowed = "a number >= 0 or 'auto'" if name == "step_size" else "a number >= 0"
-                raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
+            is_word = isinstance(value, str) and value == word
+            allowed = "a number >= 0" + (f" or {word!r}" if word else "")
+            self._check(name, value is None or is_word or (_is_number(value) and value >= 0), allowed)
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+
+    def _check_combination(self) -> None:
         if self.direction == "none":
             if self.step_size is not None or self.step_ratio is not None:
                 raise ValueError("step_size and step_ratio need a direction, and direction is 'none'.")
@@ -143,7 +135,7 @@ class ExtrapConfig:
         if self.precondition and self.direction not in ("gradient", "past_gradient"):
             raise ValueError(
                 f"precondition is true, and direction is {self.direction!r}; allowed: gradient, past_gradient (a "
-                "past_update has the preconditioner in it)."
+                "past_update is preconditioned already)."
             )
         if (self.step_size is None) == (self.step_ratio is None):
             given = "neither" if self.step_size is None else "both"
@@ -154,26 +146,27 @@ class ExtrapConfig:
                 f"{self.step_ratio}; allowed: step_size, a share of the last step."
             )
         if self.step_size == "auto":
-            if self.direction in NOISE_DIRECTIONS:
-                raise ValueError(
-                    f"step_size is 'auto', which cannot measure along {self.direction} noise; give a number."
-                )
-            if self.direction_dtype in ("bfloat16", "float16"):
-                raise ValueError(
-                    f"step_size is 'auto', which needs directions in full precision, not direction_dtype "
-                    f"{self.direction_dtype!r}; allowed: float32, or none."
-                )
-            if self.scaling != "none":
-                raise ValueError(f"step_size is 'auto', which needs scaling 'none', not {self.scaling!r}.")
-            if self.direction == "gradient" and (self.batch != "same" or self.batch_fraction != 1):
-                raise ValueError(
-                    "step_size is 'auto', which compares two gradients of one batch: it needs batch 'same' and "
-                    f"batch_fraction 1, not {self.batch!r} and {self.batch_fraction}."
-                )
+            self._check_auto()
+
+    def _check_auto(self) -> None:
+        if self.is_noise:
+            raise ValueError(f"step_size is 'auto', which cannot measure along {self.direction} noise; give a number.")
+        if self.direction_dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"step_size is 'auto', which needs directions in full precision, not direction_dtype "
+                f"{self.direction_dtype!r}; allowed: float32, or none."
+            )
+        if self.scaling != "none":
+            raise ValueError(f"step_size is 'auto', which needs scaling 'none', not {self.scaling!r}.")
+        if self.is_fresh and (self.batch != "same" or self.batch_fraction != 1):
+            raise ValueError(
+                "step_size is 'auto', which compares two gradients of one batch: it needs batch 'same' and "
+                f"batch_fraction 1, not {self.batch!r} and {self.batch_fraction}."
+            )
 
     @property
     def moves(self) -> bool:
-        """Whether any step extrapolates; without, the base optimizer is alone."""
+        """Whether any step extrapolates."""
         return self.is_active(self.start_step)
 
     @property
@@ -183,13 +176,18 @@ class ExtrapConfig:
 
     @property
     def is_past(self) -> bool:
-        """Whether the direction is left over from the last step."""
-        return self.direction in PAST_DIRECTIONS
+        """Whether the direction is kept from the last step."""
+        return self.direction.startswith("past_")
 
     @property
     def is_noise(self) -> bool:
         """Whether the direction is drawn at random."""
-        return self.direction in NOISE_DIRECTIONS
+        return self.direction in ("gaussian", "uniform")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each worker has its own direction; the last update of x is the same for all of them."""
+        return self.scope == "local" and self.direction != "past_update"
 
     @property
     def scales_by_step(self) -> bool:
@@ -198,34 +196,14 @@ class ExtrapConfig:
 
     @property
     def anneals(self) -> bool:
-        """Whether the step size must be made to follow the learning rate."""
+        """Whether the step size is multiplied by lr / peak lr."""
         return self.anneal and not self.scales_by_step
 
     def is_active(self, step: int) -> bool:
-        """Whether step `step`, counted from 0, extrapolates."""
+        """Whether a step, counted from 0, extrapolates."""
         if self.direction == "none" or self.step_size == 0 or self.step_ratio == 0:
             return False
         return self.start_step <= step and (self.end_step is None or step < self.end_step)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether workers differ in their directions; the last update of x is the same for all of them."""
-        return self.scope == "local" and self.direction != "past_update"
-
-    def probes(self, step: int) -> bool:
-        """Whether step `step` looks along a fresh gradient, which must be taken at x before."""
-        if not self.is_active(step):
-            return False
-        return self.is_fresh or (self.step_size == "auto" and self.is_past and step % self.probe_every == 0)
-
-    def measures(self, step: int) -> bool:
-        """Whether step `step` compares its gradients at x and at y: the curvature, for `auto`."""
-        return self.step_size == "auto" and self.probes(step)
-
-    def captures(self, step: int) -> bool:
-        """Whether each worker's own gradient of step `step` is wanted: as the next direction, or to compare."""
-        past = self.direction == "past_gradient" and self.is_active(step + 1)
-        return self.is_local and (past or self.measures(step))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ExtrapConfig:
@@ -233,8 +211,8 @@ class ExtrapConfig:
 
         Args:
             name: one of `PRESETS`.
-            **overrides: fields of this class. A step_size replaces a preset's step_ratio, and the other way round; a
-                step_ratio and `auto`, lengths in other units, replace a preset's scaling by the last step too.
+            **overrides: fields of this class. A step_size replaces the preset's step_ratio, and vice versa; a
+                step_ratio and `auto` also replace a scaling by the last step.
 
         Raises:
             ValueError: for an unknown preset or field, or for fields that do not go together.
@@ -296,23 +274,15 @@ class ExtrapConfig:
         return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "extrap": {"direction": "gradient", "scope": "local", "scaling": "layer_step", "step_size": 0.1},
-    "extrap-past": {"direction": "past_gradient", "scope": "local", "scaling": "layer_step", "step_size": 0.1},
-    "extragradient": {"direction": "gradient", "scope": "global", "step_ratio": 1.0},
-    "optimistic": {"direction": "past_gradient", "scope": "global", "step_ratio": 1.0},
-    "past-update": {"direction": "past_update", "scope": "global", "step_ratio": 0.5},
-    "gaussian": {"direction": "gaussian", "scope": "local", "scaling": "layer", "step_size": 0.01},
-    "smoothout": {"direction": "uniform", "scope": "local", "scaling": "filter", "step_size": 0.01},
-    "sam": {"direction": "gradient", "scaling": "norm", "ascent": True, "step_size": 0.05, "anneal": False},
-    "asam": {"direction": "gradient", "scaling": "adaptive", "ascent": True, "step_size": 0.5, "anneal": False},
-}
-"""The named schemes of `ExtrapConfig.preset`: a table of fields, nothing more."""
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _listed(names: Any) -> str:

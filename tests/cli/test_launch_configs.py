@@ -1,4 +1,4 @@
-"""Every shipped launch configuration starts what it is called, with real processes; two fall back as doctor warns."""
+"""Every shipped launch configuration starts what its name says, with real processes; two fall back as doctor warns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-ACCELERATE = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "accelerate").glob("*.yaml"))
+ACCELERATE = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
 PRESETS = {"zero3": "optimistic", "zero3_offload": "optimistic", "fsdp2": "optimistic", "hsdp": "optimistic"}
 LOCAL = "extrap-past"
 UNTESTED = ["multi_gpu", "two_nodes"]
@@ -41,7 +41,7 @@ def start(repository: Path, name: str, *words: str | Path, options: tuple[str, .
     config = str(repository / "configs" / "accelerate" / f"{name}.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *options]
     return subprocess.Popen(
-        [*command, "tests/launched.py", *map(str, words)],
+        [*command, "tests/support/launched.py", *map(str, words)],
         cwd=repository,
         env={**os.environ, "PYTHONPATH": str(repository), **environment},
         stdout=subprocess.PIPE,

@@ -85,7 +85,7 @@ def test_200_steps_of_length_zero_leave_x_untouched(preset: str) -> None:
     optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=1e-30), config)
     run = run_plain_loop(model, optimizer, config, [0], steps=200)
     assert identical(x, list(model.parameters()))
-    if preset != "past-update":  # whose direction is zero when x does not move
+    if config.direction != "past_update":  # which is zero when x does not move
         assert distance(run.y[5][0], x) > 1e-3
 
 

@@ -18,6 +18,7 @@ SCHEMES = {
     "past-update": ExtrapConfig.preset("past-update", step_size=0.5),
     "sam": ExtrapConfig.preset("sam"),
     "asam": ExtrapConfig.preset("asam"),
+    "msam": ExtrapConfig.preset("msam"),
     "extrap-auto": ExtrapConfig.preset("extrap", scaling="none", step_size="auto"),
     "extrap-past-auto": ExtrapConfig.preset("extrap-past", scaling="none", step_size="auto", probe_every=2),
     "optimistic-auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=2),

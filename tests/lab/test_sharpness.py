@@ -1,4 +1,4 @@
-"""hf-extrap sharpness: what a run saved is rebuilt, measured, drawn and written once."""
+"""hf-extrap sharpness: a saved model is loaded, measured, drawn and written once."""
 
 from __future__ import annotations
 
@@ -137,12 +137,11 @@ def test_image_classification(tmp_path: Path) -> None:
     run(resolve(None, [*to_words(fields), "--output_dir", str(folder)]))
     logged = [row["extrap/sharpness"] for row in RunFolder(folder).read_history() if "extrap/sharpness" in row]
     assert len(logged) == 2 and min(logged) > 0
-    content = measured([str(folder), "--batches", "2"], folder)
-    running = measured(
-        [str(folder), "--batches", "2", "--batch_norm", "running", "--output_dir", str(tmp_path)], tmp_path
-    )
+    words = [str(folder), "--batches", "2"]
+    content = measured(words, folder)
+    running = measured([*words, "--batch_norm", "running", "--output_dir", str(tmp_path)], tmp_path)
     assert content["batch_norm"] == "batch" and content["sharpness"] > 0 and content["batch_size"] == 16
-    # Untrained running statistics give another loss altogether.
+    # Untrained running statistics give a different loss.
     assert running["loss"] != pytest.approx(content["loss"], rel=0.01)
 
 
@@ -156,11 +155,14 @@ def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, capsys: pytes
     assert f"holds no model.safetensors; give its last checkpoint, {unfinished / 'checkpoint-3'}" in error_of(
         [str(unfinished)], capsys
     )
-    assert "split is 'test'; allowed: train, validation" in error_of([str(trained), "--split", "test"], capsys)
-    assert "batches is 0" in error_of([str(trained), "--batches", "0"], capsys)
-    assert "tolerance is 2" in error_of([str(trained), "--tolerance", "2"], capsys)
-    assert "allowed: autograd, differences" in error_of([str(trained), *elsewhere, "--differentiation", "no"], capsys)
-    assert "leave out --config" in error_of([str(trained), *elsewhere, "--config", "x.yaml"], capsys)
-    assert "of another model" in error_of([str(trained), *elsewhere, "--hidden_size", "8"], capsys)
-    assert "unknown field --hiden_size" in error_of([str(trained), *elsewhere, "--hiden_size", "8"], capsys)
+    for words, sentence in (
+        (["--split", "test"], "split is 'test'; allowed: train, validation"),
+        (["--batches", "0"], "batches is 0"),
+        (["--tolerance", "2"], "tolerance is 2"),
+        (["--differentiation", "no"], "allowed: autograd, differences"),
+        (["--config", "x.yaml"], "leave out --config"),
+        (["--hidden_size", "8"], "of another model"),
+        (["--hiden_size", "8"], "unknown field --hiden_size"),
+    ):
+        assert sentence in error_of([str(trained), *elsewhere, *words], capsys)
     assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ TABLE = {
     "extragradient": ("gradient", "global", "none", False),
     "optimistic": ("past_gradient", "global", "none", False),
     "past-update": ("past_update", "global", "none", False),
+    "msam": ("past_update", "global", "norm", False),
     "gaussian": ("gaussian", "local", "layer", None),
     "smoothout": ("uniform", "local", "filter", None),
     "sam": ("gradient", "local", "norm", True),

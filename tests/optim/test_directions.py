@@ -161,3 +161,22 @@ def test_noise_presets_move_by_the_scaled_noise(preset: str, kind: str) -> None:
     else:
         assert (move.norm(dim=1) / weight.norm(dim=1)).tolist() == pytest.approx([0.05] * 4, rel=1e-6)
     assert move.abs().min() > 0
+
+
+def test_msam_is_momentum_sam() -> None:
+    """y = x + ρ Δx / ‖Δx‖ along the last update, with ρ fixed while the learning rate decays (arXiv:2401.12033)."""
+    curvatures, rho = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64), 0.3
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64))
+    optimizer = Extrapolated(torch.optim.SGD([p], lr=0.1, momentum=0.9), ExtrapConfig.preset("msam"))
+    x, v = p.detach().clone(), torch.zeros(3, dtype=torch.float64)
+    for step in range(20):
+        rate = optimizer.param_groups[0]["lr"] = 0.1 * 0.8**step
+        optimizer.train()
+        y = x - rho * v / v.norm() if step else x
+        assert distance([p.detach()], [y]) < 1e-14
+        (curvatures * p.square()).sum().div(2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        v = 0.9 * v + curvatures * y
+        x = x - rate * v
+        assert distance([p.detach()], [x]) < 1e-14

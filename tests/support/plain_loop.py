@@ -26,6 +26,7 @@ PRESETS = [
     "smoothout",
     "sam",
     "asam",
+    "msam",
 ]
 """Those that extrapolate."""
 
@@ -92,6 +93,7 @@ CELLS: dict[str, Cell] = {
     "past-update": _cell("past-update"),
     "sam": _cell("sam"),
     "asam": _cell("asam"),
+    "msam": _cell("msam"),
     # The step size from the curvature.
     "extrap-auto": _cell("extrap", step_size="auto"),
     "extrap-past-auto": _cell("extrap-past", step_size="auto", probe_every=3),

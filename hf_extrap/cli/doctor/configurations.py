@@ -1,89 +1,128 @@
-"""Configuration files, told apart by their fields, and the verdict on each."""
+"""Launch configurations of accelerate, DeepSpeed and this package, and whether a machine can run them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils import str_to_bool
 
-from hf_extrap.recipes.precision import NO_BF16
+from hf_extrap.recipes.configuration import read_mapping, resolve
 
-from .accelerate import judge_accelerate
-from .deepspeed import judge_deepspeed
 from .machine import Machine
-from .verdict import Verdict
+
+ENGINES = {"NO": "one process", "MULTI_GPU": "DDP", "FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}
+
+
+@dataclass
+class Verdict:
+    """The result for one configuration.
+
+    Attributes:
+        name: of the file.
+        starts: what it starts, in a few words.
+        obstacles: reasons why this machine cannot run it, one sentence each; empty if it can.
+        notes: what its user should know.
+    """
+
+    name: str
+    starts: str = "unknown"
+    obstacles: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def shipped() -> list[Path]:
-    """The launch configurations beside the package; none where it was installed without its checkout."""
+    """The launch configurations of the checkout; none if the package is installed without it."""
     folder = Path(__file__).parents[3] / "configs"
     return sorted([*folder.glob("accelerate/*.yaml"), *folder.glob("deepspeed/*.json")])
 
 
-def judge_all(paths: Sequence[str | Path], machine: Machine) -> list[Verdict]:
-    """One verdict a file, in their order.
+def judge(path: str | Path, machine: Machine) -> Verdict:
+    """Whether this machine can run the configuration in a file; the fields tell whose it is.
+
+    Accelerate's loader and this package's argument classes check their own fields. Checked here: what the machine
+    lacks, what starts something else without an error, and what DeepSpeed refuses after the start.
 
     Raises:
-        FileNotFoundError: for a path that is no file.
-        ValueError: for a file that holds no mapping.
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not hold a mapping.
     """
-    return [judge(path, machine) for path in paths]
-
-
-def judge(path: str | Path, machine: Machine) -> Verdict:
-    """What speaks against running this file here; see `judge_all`."""
-    verdict = Verdict(Path(path).name)
-    fields = _read(Path(path))
-    if "distributed_type" in fields or "compute_environment" in fields:
-        judge_accelerate(fields, machine, verdict, lambda inner, verdict: _judge_inner(inner, machine, verdict))
-    elif "task" in fields:
-        verdict.kind = f"training, {fields['task']}"
-        _judge_training(fields, machine, verdict)
-    elif Path(path).suffix == ".json":
-        verdict.kind = f"DeepSpeed, ZeRO stage {fields.get('zero_optimization', {}).get('stage', 0)}"
-        judge_deepspeed(fields, machine, verdict, verdict.name)
-    else:
-        verdict.refuse("it is none of accelerate's, DeepSpeed's or this package's training configurations.")
+    path = Path(path)
+    verdict, fields = Verdict(path.name), read_mapping(path)
+    try:
+        if "distributed_type" in fields or "compute_environment" in fields:
+            config = load_config_from_file(str(path))
+            if not isinstance(config, ClusterConfig):
+                raise ValueError("compute_environment is not LOCAL_MACHINE.")
+            _judge_accelerate(config, machine, verdict)
+        elif "task" in fields:
+            verdict.starts = f"training, {fields['task']}"
+            deepspeed = resolve(path).training_arguments.deepspeed
+            if isinstance(deepspeed, str):
+                _judge_deepspeed(Path(deepspeed), machine, verdict)
+        elif path.suffix == ".json":
+            verdict.starts = "DeepSpeed"
+            _judge_deepspeed(path, machine, verdict)
+        else:
+            raise ValueError("it is not a configuration of accelerate, DeepSpeed or this package.")
+    except ValueError as error:
+        verdict.obstacles.append(str(error))
     return verdict
 
 
-def _judge_inner(path: str, machine: Machine, verdict: Verdict) -> None:
-    if not Path(path).is_file():
-        verdict.refuse(f"deepspeed_config_file {path} does not exist; it is looked for from the current folder.")
+def _judge_accelerate(config: ClusterConfig, machine: Machine, verdict: Verdict) -> None:
+    engine, processes, machines = config.distributed_type.value, config.num_processes, config.num_machines
+    if engine not in ENGINES:
+        instead = "starts one process: use MULTI_GPU, use_cpu: true" if engine == "MULTI_CPU" else "is not supported"
+        raise ValueError(f"distributed_type {engine} {instead}; allowed: {', '.join(ENGINES)}.")
+    if processes < 1 or processes % machines:
+        raise ValueError(f"num_processes is {processes}; allowed: a multiple of num_machines, which is {machines}.")
+    name, here = ENGINES[engine], processes // machines
+    if engine == "FSDP":
+        name = "HSDP" if config.parallelism_config else f"FSDP{config.fsdp_config.get('fsdp_version', 1)}"
+    group = "" if engine == "NO" else f", {processes} processes" + (f" on {machines} machines" if machines > 1 else "")
+    verdict.starts = name + (" on the CPU" if config.use_cpu else "") + group
+    on_cpu = machine.deepspeed_on_cpu if engine == "DEEPSPEED" else config.use_cpu
+    on_gpus = not on_cpu and engine != "NO"
+    for holds, sentence in (
+        (engine == "NO" and processes > 1, f"NO starts one process of the {processes}: use MULTI_GPU."),
+        (engine == "FSDP" and on_cpu, "FSDP with use_cpu runs DDP instead: it needs GPUs."),
+        (on_gpus and machine.gpus < here, f"it needs {here} GPUs, and there are {machine.gpus} here."),
+        (on_gpus and machine.gpus and "nccl" not in machine.backends, "PyTorch was built without nccl."),
+        (on_cpu and processes > 1 and "gloo" not in machine.backends, "gloo does not start."),
+        (
+            str_to_bool(machine.environment.get("ACCELERATE_USE_CPU", "0")) and (on_gpus or engine == "DEEPSPEED"),
+            "ACCELERATE_USE_CPU is set, and the Trainer then runs DDP on the CPU instead: unset it.",
+        ),
+    ):
+        verdict.obstacles += [sentence] * bool(holds)
+    if on_cpu and engine == "DEEPSPEED":
+        verdict.notes.append("on this CPU give the Trainer use_cpu: true.")
+    if on_cpu and engine == "MULTI_GPU" and processes > 1:
+        verdict.notes.append("a loop without the Trainer needs Accelerator(cpu=True), or its processes form no group.")
+    if engine == "DEEPSPEED":
+        inner = config.deepspeed_config.get("deepspeed_config_file")
+        _judge_deepspeed(Path(inner) if inner else None, machine, verdict)
+
+
+def _judge_deepspeed(path: Path | None, machine: Machine, verdict: Verdict) -> None:
+    """Judge a JSON file of DeepSpeed; None for a configuration that accelerate makes itself."""
+    if machine.no_deepspeed is not None:
+        verdict.obstacles.append(machine.no_deepspeed)
+    if path is None:
         return
-    fields = _read(Path(path))
-    verdict.kind = verdict.kind.replace(
-        "DeepSpeed", f"ZeRO stage {fields.get('zero_optimization', {}).get('stage', 0)}"
-    )
-    judge_deepspeed(fields, machine, verdict, Path(path).name)
-
-
-def _judge_training(fields: dict[str, Any], machine: Machine, verdict: Verdict) -> None:
-    on_cpu = fields.get("use_cpu") is True or machine.gpus == 0
-    if fields.get("fp16") is True and on_cpu:
-        verdict.refuse("fp16 is true, which needs a GPU: use bf16 or float32.")
-    if fields.get("bf16") is True:
-        if not on_cpu and not machine.bf16_gpus:
-            verdict.refuse("bf16 is true, which the GPUs here do not compute in.")
-        if on_cpu and not machine.bf16_cpu:
-            verdict.note(f"bf16 is true, and this CPU {NO_BF16}: give --bf16 false.")
-            if fields["task"] == "language_modeling" and not fields.get("model") and "model_type" not in fields:
-                verdict.refuse("PyTorch has no LSTM in bf16 for this CPU.")
-    if isinstance(fields.get("deepspeed"), str):
-        _judge_inner(fields["deepspeed"], machine, verdict)
-
-
-def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"configuration {path} does not exist.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"configuration {path} cannot be read: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"configuration {path} holds a {type(fields).__name__}; allowed: a mapping of fields.")
-    return fields
+        raise ValueError(f"{path} does not exist; the path is relative to the current folder.")
+    fields = read_mapping(path)
+    zero = fields.get("zero_optimization", {})
+    verdict.starts = verdict.starts.replace("DeepSpeed", f"ZeRO stage {zero.get('stage', 0)}")
+    if zero.get("stage", 0) and "optimizer" not in fields and fields.get("zero_allow_untested_optimizer") is not True:
+        verdict.obstacles.append(f"{path.name} lacks zero_allow_untested_optimizer: true, which Extrapolated needs.")
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if offloads and fields.get("zero_force_ds_cpu_optimizer") is not False:
+        verdict.obstacles.append(f"{path.name} offloads the optimizer: set zero_force_ds_cpu_optimizer: false.")
+    if "optimizer" in fields:
+        verdict.notes.append(f"{path.name} has its own optimizer: extrapolation needs a file without it.")
+    if "gradient_clipping" not in fields:
+        verdict.notes.append(f"{path.name} sets no gradient_clipping; DeepSpeed then clips at 1.0.")

@@ -1,4 +1,4 @@
-"""`hf-extrap bench`: every method on every workload that fits, what is done kept, one JSON and one table."""
+"""`hf-extrap bench`: every method on every workload that fits; finished results are kept in one JSON file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from hf_extrap.lab.bench import processes, trainers
 from hf_extrap.recipes.run_folder import read_json, write_json
 
 from .floor import BASES, copy_bandwidth, floor_of, moved
-from .memory import peak_bytes
 from .methods import CONFIGS, EXTRA_ALL_REDUCES, METHODS, PEERS, NotInstalled, make
 from .report import write_report
-from .timing import WARM_UPS, interleaved
+from .timing import WARM_UPS, interleaved, peak_bytes
 from .workloads import WORKLOADS, Made, Workload, precision_of
 
 
 class Loop(NamedTuple):
-    """A benchmark with methods of its own.
+    """A benchmark with its own methods.
 
     Attributes:
-        run: measures one of the groups in so many rounds, and begins nothing after a time of `time.monotonic`.
+        run: measures one of the groups in a number of rounds, and begins no step after an end time (`time.monotonic`).
         groups: methods that are interleaved with each other.
     """
 
@@ -39,19 +38,17 @@ class Loop(NamedTuple):
 
 
 LOOPS = {"trainer": Loop(trainers.run, trainers.GROUPS), "processes": Loop(processes.run, processes.GROUPS)}
-"""What is measured by a loop of its own, with methods of its own."""
+"""Benchmarks with their own loop and methods."""
 
+MODELS = ("lstm", "translation", "resnet", "trainer")
 PARTS = {
-    "cpu": (
-        *("lstm", "translation", "resnet", "trainer", "processes"),
-        *("flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
-    ),
+    "cpu": (*MODELS, "processes", "flat-1e6-10", "flat-1e7-10", "flat-1e7-10000", "flat-1e8-10"),
     "gpu": (
-        *("gpt2", "resnet-8192", "lstm", "flat-1e7-10", "flat-1e7-10000", "translation", "resnet", "trainer"),
+        *("gpt2", "resnet-8192", "flat-1e7-10", "flat-1e7-10000", *MODELS),
         *("flat-1e8-10", "flat-1e8-10000", "flat-1e9-10"),
     ),
 }
-"""Workloads by part: what fits two cores in about ten minutes, and what a GPU is for."""
+"""Workloads by part: those that two cores measure in about ten minutes, and those for a GPU."""
 
 
 def bench(
@@ -62,20 +59,20 @@ def bench(
     output_dir: str = "runs/bench",
     device: str | None = None,
 ) -> None:
-    """Measure what is not in `output_dir` yet, and write `bench.json`, `bench.md` and `bench.png` there.
+    """Measure what `output_dir` does not hold yet, and write `bench.json`, `bench.md` and `bench.png` there.
 
     Args:
         workloads: names in `WORKLOADS` and `LOOPS`.
-        methods: names in `METHODS`; `base` is always among them.
+        methods: names in `METHODS`; `base` is always added.
         rounds: interleaved steps of each method.
-        minutes: begin no step after so many. What is under way keeps its rounds where they are `FEWEST` or more, and
-            is begun anew by the next call where they are fewer.
-        output_dir: folder to write to, and to go on from.
+        minutes: begin no step after this time. An interrupted measurement keeps its rounds if they are `FEWEST` or
+            more; otherwise the next call repeats it.
+        output_dir: folder to write to, and to continue from.
         device: `cpu` or `cuda`; default: the GPU if there is one.
 
     Raises:
-        ValueError: for an unknown name, two processes that fail, or a folder that holds figures of another machine,
-            version or precision.
+        ValueError: for an unknown name, two processes that fail, or a folder with results of another machine, version
+            or precision.
     """
     for kind, names, known in (("workload", workloads, (*WORKLOADS, *LOOPS)), ("method", methods, METHODS)):
         if wrong := [name for name in names if name not in known]:
@@ -84,32 +81,32 @@ def bench(
         raise ValueError(f"rounds is {rounds}; allowed: a whole number >= 2.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder, end = Path(output_dir), time.monotonic() + 60 * (float("inf") if minutes is None else minutes)
-    content = _begin(folder / "bench.json", place)
+    content = _start(folder / "bench.json", place)
     methods = ["base", *(name for name in methods if name != "base")]
     then = "give it more minutes"
     for name in workloads:
         found = content["results"].setdefault(name, {})
-        # What was skipped may be possible by now: a peer installed, memory freed.
+        # Skipped methods are tried again: a peer may be installed by now, or memory free.
         todo = [m for m in methods if "step" not in found.get(m, {})]
         loop = LOOPS.get(name)
         for group in _groups(WORKLOADS[name], todo) if loop is None else _unfinished(loop, found):
             measured: dict[str, Any] = {}
             if time.monotonic() < end:
-                run = loop.run if loop else partial(_measure, name, place)
+                run = loop.run if loop else partial(measure, name, place)
                 measured = run(group, rounds, end)
             if not measured:
                 _write(folder, content)
                 print(f"Time is up before {name} is done; {then}.")
                 return
             found |= {m: row for m, row in measured.items() if "step" not in found.get(m, {})}
-            then = "the same command goes on from here"
+            then = "the same command continues from here"
             _write(folder, content)
     _write(folder, content)
     print((folder / "bench.md").read_text(encoding="utf-8"))
 
 
 def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
-    """The workloads of a part; without one, of the device."""
+    """The workloads of a part; default: the part for the device."""
     part = part or ("gpu" if (device or "cpu") != "cpu" or torch.cuda.is_available() else "cpu")
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; allowed: {', '.join(PARTS)}.")
@@ -117,7 +114,7 @@ def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
 
 
 def _groups(workload: Workload, methods: Sequence[str]) -> list[list[str]]:
-    """Methods that are interleaved with each other: all, or each with the base where memory is short."""
+    """Methods that are interleaved with each other: all, or, if each needs much memory, pairs with the base."""
     others = [m for m in methods if m != "base"]
     if not workload.bytes_each or not others:
         return [["base", *others]] if methods else []
@@ -128,8 +125,8 @@ def _unfinished(loop: Loop, found: dict[str, Any]) -> list[Sequence[str]]:
     return [group for group in loop.groups if not set(group) <= set(found)]
 
 
-def _measure(name: str, device: torch.device, methods: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
-    """A row of each method; none where time ended too early."""
+def measure(name: str, device: torch.device, methods: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+    """One row per method, interleaved; empty if time ended too early."""
     workload = WORKLOADS[name]
     if reason := _too_large(workload, device, len(methods)):
         return {method: {"skipped": reason} for method in methods}
@@ -149,18 +146,14 @@ def _measure(name: str, device: torch.device, methods: Sequence[str], rounds: in
         return {}
     del steps
     base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
+    shared: dict[str, Any] = {"base_step": base["step"], "base_optimizer": base["optimizer"]}
+    shared |= {"parameters": sum(sizes), "tensors": len(sizes)}
     for method, found in seconds.items():
-        rows[method] = {
-            **found,
-            "base_step": base["step"],
-            "base_optimizer": base["optimizer"],
-            "parameters": sum(sizes),
-            "tensors": len(sizes),
-            "peak_bytes": peaks[method],
-            "extra_bytes_sent": 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0),
-            **_traffic(workload, method),
-            **({"package": f"{PEERS[method]} {version(PEERS[method])}"} if method in PEERS else {}),
-        }
+        sent = 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0)
+        rows[method] = {**found, **shared, "peak_bytes": peaks[method], "extra_bytes_sent": sent}
+        rows[method] |= _traffic(workload, method, device)
+        if method in PEERS:
+            rows[method]["package"] = f"{PEERS[method]} {version(PEERS[method])}"
     return rows
 
 
@@ -171,15 +164,16 @@ def _three_steps(method: str, workload: Workload, device: torch.device) -> Any:
     return step, optimizer
 
 
-def _traffic(workload: Workload, method: str) -> dict[str, Any]:
-    """Reads and writes of tensors as large as the parameters, at least and in fact, where a formula knows them."""
+def _traffic(workload: Workload, method: str, device: torch.device) -> dict[str, Any]:
+    """Traffic in parameter sizes, at least and in fact, for methods with a formula."""
     own, config = BASES[workload.base], CONFIGS.get(method)
     if method == "base":
         return {"floor": own, "moved": own}
     if config is None or config.batch_fraction < 1:
         return {}
     least = floor_of(config, workload.workers)
-    ours = moved(config, config.swap is not False, workload.workers)
+    swaps = device.type == "cpu" if config.swap is None else config.swap
+    ours = moved(config, swaps, workload.workers)
     return {"floor": own + least.total, "moved": own + ours.total}
 
 
@@ -193,8 +187,8 @@ def _too_large(workload: Workload, device: torch.device, methods: int) -> str | 
     return None
 
 
-def _begin(path: Path, device: torch.device) -> dict[str, Any]:
-    """The figures of an earlier call, or a new file's head."""
+def _start(path: Path, device: torch.device) -> dict[str, Any]:
+    """The results of an earlier call, or an empty file's content."""
     import transformers
 
     machine = {
@@ -211,17 +205,17 @@ def _begin(path: Path, device: torch.device) -> dict[str, Any]:
         if differing:
             was, now = content["machine"].get(differing[0]), machine[differing[0]]
             raise ValueError(
-                f"{path} holds figures of another machine or precision ({differing[0]} was {was!r} and is {now!r}); "
+                f"{path} holds results of another machine or precision ({differing[0]} was {was!r} and is {now!r}); "
                 "allowed: another output_dir."
             )
-        # The fastest copy of all calls: one of a busy moment would put the floor too high.
+        # The fastest copy of all calls, because a busy machine would raise the floor.
         content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))
         return content
     return {"machine": machine, "copy_bandwidth": copy_bandwidth(device), "results": {}}
 
 
 def _processor() -> str:
-    """The name of the CPU, where the system tells it, and the instructions that PyTorch uses."""
+    """The name of the CPU, if the system knows it, and the instruction set that PyTorch uses."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""The floor: how often a step must read or write something as large as the parameters, and how often ours does."""
+"""Memory traffic: how often a step must read or write a tensor as large as the parameters, and how often ours does."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Traffic(NamedTuple):
 
     Attributes:
         move: from x to y, before the forward pass.
-        capture: of the gradient that is, or becomes, a direction; in one backward pass.
+        capture: of the gradient that is, or becomes, a direction, in one backward pass.
         back: from y to x.
-        step: beside the base optimizer's.
+        step: in addition to the base optimizer's.
     """
 
     move: float
@@ -37,11 +37,11 @@ class Traffic(NamedTuple):
 
 
 def floor_of(config: ExtrapConfig, workers: int = 1) -> Traffic:
-    """What the scheme costs at least: x and d read, y written; a worker's own gradient read and written, or the last
-    update written. In local scope each of the workers moves, and keeps a gradient.
+    """The least traffic of the scheme: x and d read, y written; a worker's own gradient read and written, or the last
+    update written. In local scope each worker moves, and keeps a gradient.
 
-    A single kernel for the base optimizer's step could give every norm on its way. The next y is not written in that
-    step: its step size follows a learning rate that the schedule sets later, and between steps the parameters are x.
+    A fused kernel of the base optimizer's step could also compute every norm. It cannot write the next y: the step size
+    follows a learning rate that the schedule sets later, and the parameters hold x between steps.
     """
     if not config.moves:
         return Traffic(0, 0, 0, 0)
@@ -53,22 +53,22 @@ def floor_of(config: ExtrapConfig, workers: int = 1) -> Traffic:
 
 
 def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> Traffic:
-    """What `Extrapolated` reads and writes, with no statistics.
+    """The traffic of `Extrapolated`, without statistics.
 
     Args:
-        config: the scheme; with a numeric step size, no preconditioner, and directions beside the parameters.
-        swap: whether parameters point to y (`ExtrapConfig.swap`); else x is copied before and after.
-        workers: that this process plays.
+        config: the scheme, with a numeric step size, no preconditioner, and directions on the parameters' device.
+        swap: whether parameters point to y (`ExtrapConfig.swap`); otherwise x is copied before and after.
+        workers: number of virtual workers of this process.
     """
     if not config.moves:
         return Traffic(0, 0, 0, 0)
     moves = workers if config.is_local else 1
-    # Noise is drawn as a tensor of its own: written, scaled and read. A fresh gradient of all is written by backward.
+    # Noise is drawn into a separate tensor. A fresh global gradient is written by the backward pass.
     drawn = 1 if config.is_noise else 0
     norms = {"none": 0, "norm": 1, "step": 1, "layer_step": 1, "layer": 2, "filter": 5, "adaptive": 9}[config.scaling]
     step = 1.0 if config.check_finite else 0.0
     if config.direction == "past_update":
-        # x is copied before the step, the new one subtracted, and the difference divided by the learning rate.
+        # x is copied before the step, the new x subtracted, and the difference divided by the learning rate.
         step += 2 + 3 + 2
     elif config.scales_by_step or config.max_displacement is not None:
         step += 2 + 3 + 1
@@ -83,7 +83,7 @@ def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> Traffic:
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 28, rounds: int = 9) -> float:
-    """Bytes a second, read and written, of the fastest of some copies of `size` bytes."""
+    """Bytes per second, read and written, of the fastest of `rounds` copies of `size` bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     seconds = []

@@ -1,4 +1,4 @@
-"""What is compared: the base optimizer alone, every preset, and the peers, as one training step each."""
+"""The compared methods as training steps: the base optimizer alone, every preset, and peers from other packages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
-
-import torch
 
 from hf_extrap.optim.config import PRESETS, ExtrapConfig
 from hf_extrap.optim.extrapolated import Extrapolated
@@ -17,22 +15,15 @@ from .workloads import Made
 
 
 class NotInstalled(ValueError):
-    """A peer's package is missing."""
+    """The package of a peer is not installed."""
 
 
 def make(name: str, made: Made) -> tuple[Step, Any]:
-    """A method's step on a model of its own, and its optimizer.
-
-    Args:
-        name: one of `METHODS`.
-        made: the model.
+    """The training step of a method in `METHODS` on a model, and its optimizer.
 
     Raises:
-        ValueError: for an unknown name.
-        NotInstalled: where the peer's package is not.
+        NotInstalled: if the package of a peer is missing.
     """
-    if name not in METHODS:
-        raise ValueError(f"method is {name!r}; allowed: {', '.join(METHODS)}.")
     return METHODS[name](made)
 
 
@@ -73,19 +64,19 @@ def _extrapolated(config: ExtrapConfig) -> Callable[[Made], tuple[Step, Any]]:
 
 
 def _schedule_free(made: Made) -> tuple[Step, Any]:
-    library = _peer("schedulefree", PEERS["schedulefree"])
-    if made.workload.base == "adamw":
-        optimizer = library.AdamWScheduleFree(made.params, lr=1e-3)
-    else:
-        optimizer = library.SGDScheduleFree(made.params, lr=0.01)
+    library = _peer("schedulefree", "schedulefree")
+    kind = library.AdamWScheduleFree if made.workload.base == "adamw" else library.SGDScheduleFree
+    optimizer = kind(made.params, lr=made.workload.optimizer(made.params).defaults["lr"])
     optimizer.train()
     return _plain(made, optimizer), optimizer
 
 
 def _sam(made: Made) -> tuple[Step, Any]:
-    library = _peer("pytorch_optimizer", PEERS["pytorch_optimizer SAM"])
-    kind, fields = _base_class(made)
-    optimizer = library.SAM(made.params, kind, rho=0.05, **fields)
+    library = _peer("pytorch_optimizer", "pytorch_optimizer SAM")
+    base = made.workload.optimizer(made.params)
+    names = {"lr", "fused", *(("momentum", "nesterov") if made.workload.base == "nesterov" else ())}
+    fields = {name: value for name, value in base.defaults.items() if name in names}
+    optimizer = library.SAM(made.params, type(base), rho=0.05, **fields)
 
     def work() -> None:
         _passes(made)
@@ -97,7 +88,7 @@ def _sam(made: Made) -> tuple[Step, Any]:
 
 
 def _extragradient(made: Made) -> tuple[Step, Any]:
-    library = _peer("cooper.optim", PEERS["cooper extragradient"])
+    library = _peer("cooper.optim", "cooper extragradient")
     if made.workload.base == "adamw":
         optimizer = library.ExtraAdam(made.params, lr=1e-3)
     else:
@@ -120,7 +111,7 @@ CONFIGS = {
     "extrap 0.5": ExtrapConfig.preset("extrap", batch_fraction=0.5),
     "extrap 0.25": ExtrapConfig.preset("extrap", batch_fraction=0.25),
 }
-"""The schemes of the methods that are ours."""
+"""Configurations of this package's methods."""
 
 METHODS: dict[str, Callable[[Made], tuple[Step, Any]]] = {
     "base": _base,
@@ -129,21 +120,21 @@ METHODS: dict[str, Callable[[Made], tuple[Step, Any]]] = {
     "pytorch_optimizer SAM": _sam,
     "cooper extragradient": _extragradient,
 }
-"""Everything that can be compared; `base` is what the others are compared with."""
+"""Every method, by name; the others are compared with `base`."""
 
 PEERS = {
     "schedulefree": "schedulefree",
     "pytorch_optimizer SAM": "pytorch_optimizer",
     "cooper extragradient": "cooper-optim",
 }
-"""Packages of the methods that are not ours."""
+"""Packages of the peers."""
 
 EXTRA_ALL_REDUCES = {"extragradient": 1, "pytorch_optimizer SAM": 1, "cooper extragradient": 1}
-"""Averagings of a whole gradient beside the base's one, under DistributedDataParallel; of the others none."""
+"""All-reduces of a whole gradient in addition to the base's, under DistributedDataParallel; 0 for other methods."""
 
 
 def _timed(made: Made, work: Callable[[], object]) -> Step:
-    """The work as a step: it gives the seconds that were not in passes."""
+    """The work as a step that returns its seconds outside of forward and backward passes."""
 
     def step() -> float:
         made.pass_seconds = 0.0
@@ -166,14 +157,8 @@ def _finish(optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def _peer(module: str, package: str) -> Any:
+def _peer(module: str, method: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise NotInstalled(f"{package} is not installed; allowed: pip install {package}.") from None
-
-
-def _base_class(made: Made) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    base = made.workload.optimizer(made.params)
-    fields = {"lr", "fused", *(("momentum", "nesterov") if made.workload.base == "nesterov" else ())}
-    return type(base), {name: value for name, value in base.defaults.items() if name in fields}
+        raise NotInstalled(f"{PEERS[method]} is not installed; allowed: pip install {PEERS[method]}.") from None

@@ -1,4 +1,4 @@
-"""Two processes: extrapolation beside plain DistributedDataParallel, interleaved."""
+"""Extrapolation and plain DistributedDataParallel in two processes, interleaved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_extrap.lab.scale.counting import CollectiveCounter
+from hf_extrap.lab.counting import CollectiveCounter
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.optim.extrapolated import Extrapolated
@@ -25,26 +25,26 @@ from .timing import MANY, interleaved
 from .workloads import WORKLOADS, Made
 
 CLOSE = ("base", "none", "extrap-past")
-"""Those whose difference is a few per cent or none."""
+"""Methods that differ by a few per cent at most."""
 
 GROUPS = (CLOSE, ("base", "past-update", "extrap", "extragradient"))
-"""What is interleaved."""
+"""Methods that are interleaved with each other."""
 
 BLOCK = 3
-"""Steps in a row of those that are close, in `MANY` times the rounds."""
+"""Consecutive steps of the methods in `CLOSE`, which run `MANY` times the rounds."""
 
 
 def run(kinds: Sequence[str], rounds: int, end: float, name: str = "lstm") -> dict[str, Any]:
-    """Seconds of a step in two processes of one thread each, with one worker each, and the bytes that it sends more.
+    """Seconds of a step in two single-threaded processes, and the bytes sent in addition to the base's.
 
     Args:
         kinds: one of `GROUPS`.
-        rounds: that were asked for.
-        end: on the clock of `time.monotonic`, which all processes share; nothing is begun after it.
+        rounds: requested number.
+        end: time of `time.monotonic`, which all processes share; no step begins after it.
         name: of the workload.
 
     Raises:
-        ValueError: if the processes fail, with the first error that they told.
+        ValueError: if the processes fail, with their first error.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", __name__]
     words = [name, str(rounds), str(end), *kinds]
@@ -58,7 +58,7 @@ def run(kinds: Sequence[str], rounds: int, end: float, name: str = "lstm") -> di
 
 
 def _reason(said: str) -> str:
-    """The first error in what torchrun and its processes said; its own comes last and tells of theirs."""
+    """The first error that a process printed; torchrun's own error follows it."""
     error = r"^(?:\[rank\d+\]: *)?((?!\S*ChildFailedError)[\w.]+(?:Error|Exception)\b.*)"
     if found := re.search(error, said, re.MULTILINE) or re.search(r"(Signal \d+ \(\w+\))", said):
         return found[1]
@@ -92,7 +92,7 @@ def _measure(name: str, rounds: int, end: float, kinds: Sequence[str]) -> dict[s
         steps[kind] = step
 
     def over() -> bool:
-        # The first process speaks for both: they must end at the same step.
+        # The first process decides for both, so that they end at the same step.
         told = torch.tensor(int(time.monotonic() >= end))
         dist.broadcast(told, 0)
         return bool(told)
@@ -100,20 +100,15 @@ def _measure(name: str, rounds: int, end: float, kinds: Sequence[str]) -> dict[s
     factor, block = (MANY, BLOCK) if tuple(kinds) == CLOSE else (1, 1)
     found = interleaved(steps, factor * rounds, over=over, block=block)
     sent = {kind: _sent(step) for kind, step in steps.items()}
+    shared = {"block": block, "parameters": parameters, "base_step": found["base"]["step"] if found else []}
     return {
-        kind: {
-            "step": row["step"],
-            "base_step": found["base"]["step"],
-            "block": block,
-            "parameters": parameters,
-            "extra_bytes_sent": sent[kind] - sent["base"],
-        }
+        kind: {"step": row["step"], "extra_bytes_sent": sent[kind] - sent["base"], **shared}
         for kind, row in found.items()
     }
 
 
 def _sent(step: Step) -> int:
-    """Bytes of the tensors that a step averages or gathers."""
+    """Bytes of the tensors in the collectives of a step."""
     with CollectiveCounter() as counter:
         step()
     return sum(counter.sizes.values())

@@ -23,7 +23,7 @@ OTHERS = {
 
 
 def write_report(content: Mapping[str, Any], folder: Path) -> None:
-    """Write `bench.md` and `bench.png` of what `bench.json` holds."""
+    """Write `bench.md` and `bench.png` from the content of `bench.json`."""
     write_text(folder / "bench.md", table(content))
     rows = {
         name: {m: r for m, r in found.items() if "step" in r and m != "base"}
@@ -35,17 +35,17 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Every method of every workload, in Markdown: time as a ratio to the base's of the same rounds."""
+    """Markdown tables of every workload: time as a ratio to the base in the same rounds."""
     machine, bandwidth = content["machine"], content["copy_bandwidth"]
     parts = [
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}; a copy moves {bandwidth / 1e9:.1f} GB/s, read and written.",
         "Median of interleaved rounds (interquartile range); ratio to the base in the same rounds, with its 95 % "
-        "bootstrap interval. Rounds: as many as were asked for, fewer where time ended, more where one per cent "
-        "matters; each of one step, or of the median of so many in a row. Optimizer: what is outside of the passes, "
-        "and of a flat list, base and all, the pass that hands given gradients to hooks and parameters. "
-        "Moves: reads and writes of all parameters; the floor is what the scheme needs at least, and its time is that "
-        "at the speed of the copy: at the floor, moves beside the base's would add so much to its step.",
+        "bootstrap interval. Rounds: the requested number, fewer where time ended, more for cheap steps; each of one "
+        "step, or the median of several consecutive ones. Optimizer: time outside of the passes; for a flat list it "
+        "includes the pass that hands given gradients to hooks and parameters. Moves: reads and writes of all "
+        "parameters; the floor is the least that the scheme needs, at the bandwidth of a copy; at the floor: what the "
+        "moves in addition to the base's would add to its step.",
     ]
     for name, found in content["results"].items():
         parts.append(f"### {name}: {_title(name, machine['precision'])}")
@@ -80,7 +80,7 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool, ow
         cells["optimizer, ms"] = _milliseconds(row["optimizer"])
         cells["peak, MB"] = f"{row['peak_bytes'] / 1e6:.1f}"
     if "extra_bytes_sent" in row:
-        cells["sent more, MB"] = f"{row['extra_bytes_sent'] / 1e6:.1f}"
+        cells["sent in addition, MB"] = f"{row['extra_bytes_sent'] / 1e6:.1f}"
     if "floor" in row:
         cells["moves (floor)"] = f"{row['moved']:g} ({row['floor']:g})"
         seconds = 4 * row["parameters"] / bandwidth
@@ -97,26 +97,17 @@ def growth(content: Mapping[str, Any]) -> str:
     methods = dict.fromkeys(method for found in flat.values() for method, row in found.items() if "optimizer" in row)
     rows = []
     for method in methods:
-        points = [
-            (found[method]["parameters"], found[method]["tensors"], spread(found[method]["optimizer"])[0])
-            for found in flat.values()
-            if "optimizer" in found.get(method, {})
-        ]
-        if len(points) < 3:
+        found = [results[method] for results in flat.values() if "optimizer" in results.get(method, {})]
+        if len(found) < 3:
             continue
-        sizes, seconds = np.array([point[:2] for point in points], float), np.array([point[2] for point in points])
-        # Errors are relative: every list weighs alike.
-        slopes, _ = nnls(sizes / seconds[:, None], np.ones(len(points)))
+        sizes = np.array([[row["parameters"], row["tensors"]] for row in found], float)
+        seconds = np.array([spread(row["optimizer"])[0] for row in found])
+        # Relative errors, so that every list has the same weight.
+        slopes, _ = nnls(sizes / seconds[:, None], np.ones(len(found)))
         off = np.abs(sizes @ slopes / seconds - 1).max()
-        rows.append(
-            {
-                "method": f"`{method}`",
-                "ns a parameter": f"{1e9 * slopes[0]:.2f}",
-                "µs a tensor": f"{1e6 * slopes[1]:.1f}",
-                "farthest from the line": f"{100 * off:.0f} %",
-            }
-        )
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+        rows.append([f"`{method}`", f"{1e9 * slopes[0]:.2f}", f"{1e6 * slopes[1]:.1f}", f"{100 * off:.0f} %"])
+    head = ["method", "ns a parameter", "µs a tensor", "farthest from the line"]
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True) if rows else ""
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:
@@ -125,24 +116,19 @@ def _milliseconds(seconds: Sequence[float]) -> str:
 
 
 def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw the ratio of each method's step to the base's, with its interval, one panel a workload."""
+    """Draw the ratio of each method's step time to the base's, with its interval, one panel per workload."""
     from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(method for found in rows.values() for method in found))
     figure = Figure(figsize=(3.2 * len(rows) + 2.2, 0.28 * len(methods) + 1.3), layout="constrained")
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for panel, (name, found), colour in zip(panels, rows.items(), COLOURS, strict=False):
-        for place, method in enumerate(methods):
-            if method in found:
-                middle, low, high = ratio(found[method]["step"], found[method]["base_step"])
-                panel.barh(place, middle - 1, left=1, color=colour, alpha=0.6)
-                panel.plot([low, high], [place, place], color="black", linewidth=1)
-                panel.annotate(
-                    f"{middle:.2f}", (max(middle, high), place), (3, 0), textcoords="offset points", va="center"
-                )
+        for method, row in found.items():
+            place, (middle, low, high) = methods.index(method), ratio(row["step"], row["base_step"])
+            panel.barh(place, middle - 1, left=1, color=colour, alpha=0.6, xerr=[[middle - low], [high - middle]])
+            panel.annotate(f"{middle:.2f}", (max(middle, high), place), (3, 0), textcoords="offset points", va="center")
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_title(name)
-        panel.set_xlabel("step time ÷ base")
+        panel.set(title=name, xlabel="step time ÷ base")
         panel.margins(x=0.18)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), methods)

@@ -1,4 +1,4 @@
-"""ExtrapTrainer beside the stock Trainer: seconds from the begin to the end of a step, callbacks and all."""
+"""ExtrapTrainer and the stock Trainer: seconds of a whole step, including callbacks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from .timing import MANY, WARM_UPS, interleaved
 
 STEPS, UNCOUNTED = 20, 5
-"""Steps of a training, and the first of them, which are not counted."""
+"""Steps of a training run, and the number of first steps that are not counted."""
 
 GROUPS = (("base", "none", "extrap-past"),)
-"""What is interleaved."""
+"""Methods that are interleaved with each other."""
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
@@ -44,13 +44,13 @@ def _model() -> nn.Module:
 
 
 def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
-    """Train with each kind in turn, `MANY` times for every round; nothing is begun after `end` of `time.monotonic`."""
+    """Train with each kind in turn, `MANY` times per round; no training begins after `end` (`time.monotonic`)."""
     with tqdm(total=WARM_UPS + MANY * rounds, desc="trainer", unit="round") as bar:
         trainings = {kind: partial(_train, kind) for kind in kinds}
         found = interleaved(trainings, MANY * rounds, bar.update, lambda: time.monotonic() >= end)
     parameters = sum(p.numel() for p in _model().parameters())
     return {
-        # What is timed around a training is more than its steps: they are what it gives back.
+        # The time of a whole training includes its start; the time of its steps is what it returns.
         kind: {
             "step": row["optimizer"],
             "base_step": found["base"]["optimizer"],
@@ -62,7 +62,7 @@ def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
 
 
 def _train(kind: str) -> float:
-    """The median of a training's steps, in seconds."""
+    """Train, and return the median seconds of a step."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
@@ -77,21 +77,14 @@ def _train(kind: str) -> float:
             seconds.append(time.perf_counter() - self.started)
 
     torch.manual_seed(0)
+    fields: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 16, "disable_tqdm": True}
+    fields |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
     with tempfile.TemporaryDirectory() as folder:
-        fields: dict[str, Any] = {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 16,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": not torch.cuda.is_available(),
-        }
+        fields |= {"output_dir": folder, "use_cpu": not torch.cuda.is_available()}
         if kind == "base":
-            trainer = Trainer(_model(), TrainingArguments(folder, **fields), train_dataset=_Rows())
+            trainer = Trainer(_model(), TrainingArguments(**fields), train_dataset=_Rows())
         else:
-            arguments = ExtrapTrainingArguments(folder, extrap=kind, **fields)
-            trainer = ExtrapTrainer(_model(), arguments, train_dataset=_Rows())
+            trainer = ExtrapTrainer(_model(), ExtrapTrainingArguments(extrap=kind, **fields), train_dataset=_Rows())
         trainer.add_callback(Clock())
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()

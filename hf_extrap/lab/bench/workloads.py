@@ -1,4 +1,4 @@
-"""What is trained: the models of the recipes at their batch shapes, on random tokens, and flat lists of parameters."""
+"""Workloads: the models of the recipes at their batch shapes, on random data, and flat lists of parameters."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Loss = Callable[[nn.Module, int, float], Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to train.
+    """One model to train.
 
     Attributes:
-        title: in words, without the precision.
+        title: description without the precision.
         build: makes the model, on the CPU.
-        loss: of a model, for a worker's number and the share of its batch that is used.
+        loss: of a model, a worker's index, and the fraction of its batch that is used.
         base: `nesterov` or `adamw`.
         workers: virtual workers of a step.
-        autocasts: whether passes are in `precision_of` the device; else they are in float32.
-        flat: whether gradients are given, so that the optimizer is all there is.
-        needs_gpu: whether a CPU would take minutes a step.
-        bytes_each: of one method's parameters, gradients and states, where that is large.
+        autocasts: whether passes run in `precision_of` the device; otherwise in float32.
+        flat: whether gradients are given instead of computed, so that the optimizer alone takes time.
+        needs_gpu: whether a CPU would take minutes per step.
+        bytes_each: memory of one method's parameters, gradients and states, if it is large.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Workload:
 
 
 class Flat(nn.Module):
-    """A list of parameters, for whose gradient nothing is computed."""
+    """A list of parameters whose gradients are given."""
 
     def __init__(self, parameters: int, tensors: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Flat(nn.Module):
 
 
 def precision_of(device: torch.device) -> str:
-    """What the recipes are trained in: bf16 autocast, but float32 on a CPU without instructions for bf16."""
+    """Precision of the recipes: bf16 autocast, but float32 on a CPU without instructions for bf16."""
     return "bf16 autocast" if device.type != "cpu" or cpu_has_bf16() else "float32"
 
 
@@ -96,90 +96,71 @@ def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config())
 
 
-def _tokens(rows: int, length: int, vocabulary: int) -> Loss:
+def token_loss(rows: int, length: int, vocabulary: int) -> Loss:
     """The loss of predicting random tokens, `rows` × `length` for each worker."""
 
     def loss(model: nn.Module, worker: int, share: float) -> Tensor:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(worker)
-        used = max(1, round(share * rows))
-        tokens = torch.randint(3, vocabulary, (used, length), generator=generator, device=device)
+        shape = max(1, round(share * rows)), length
+        tokens = torch.randint(3, vocabulary, shape, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision_of(device) != "float32"):
-            found: Tensor = model(input_ids=tokens, labels=tokens).loss
-        return found
+            return model(input_ids=tokens, labels=tokens).loss
 
     return loss
 
 
-def _pictures(rows: int) -> Loss:
+def image_loss(rows: int) -> Loss:
+    """The loss of classifying random images, `rows` for each worker."""
+
     def loss(model: nn.Module, worker: int, share: float) -> Tensor:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(worker)
         used = max(1, round(share * rows))
-        pictures = torch.randn(used, 3, 32, 32, generator=generator, device=device)
+        images = torch.randn(used, 3, 32, 32, generator=generator, device=device)
         labels = torch.randint(10, (used,), generator=generator, device=device)
-        found: Tensor = model(pixel_values=pictures, labels=labels).loss
-        return found
+        return model(pixel_values=images, labels=labels).loss
 
     return loss
 
 
-def _autocast(loss: Loss) -> Loss:
+def autocast(loss: Loss) -> Loss:
     """The loss in bf16 autocast; without its cache, because parameters change between the passes of a step."""
 
-    def autocast(model: nn.Module, worker: int, share: float) -> Tensor:
+    def with_autocast(model: nn.Module, worker: int, share: float) -> Tensor:
         with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, cache_enabled=False):
             return loss(model, worker, share)
 
-    return autocast
+    return with_autocast
 
 
-def _flat(parameters: int, tensors: int) -> Workload:
-    return Workload(
-        f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW",
-        lambda: Flat(parameters, tensors),
-        None,
-        "adamw",
-        flat=True,
-        bytes_each=6 * 4 * parameters,
-    )
+def flat_list(parameters: int, tensors: int) -> Workload:
+    """The workload of a flat list of float32 parameters in tensors of equal size."""
+    title = f"{parameters:,} parameters in {tensors:,} tensors, gradients given, AdamW"
+    return Workload(title, lambda: Flat(parameters, tensors), None, "adamw", flat=True, bytes_each=24 * parameters)
 
 
+LSTM = "LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW"
+MARIAN = "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW"
+RESNET = "ResNet-20, 32 × 256 images, SGD + Nesterov"
+GPT2 = "GPT-2 small, 32 × 1,024 tokens, AdamW"
 WORKLOADS: dict[str, Workload] = {
-    "lstm": Workload(
-        "LSTM 2 × 200, 33 K words, 4 × 64 × 16 tokens, AdamW", _lstm, _tokens(64, 16, 33_000), "adamw", 4, True
-    ),
-    "translation": Workload(
-        "Transformer 4 + 4 × 128, 2 × 512 tokens, AdamW", _marian, _tokens(32, 16, 4_000), "adamw", 2, True
-    ),
-    "resnet": Workload("ResNet-20, 128 pictures, SGD + Nesterov", _resnet, _pictures(128), "nesterov"),
-    "resnet-8192": Workload(
-        "ResNet-20, 32 × 256 images, SGD + Nesterov",
-        *(_resnet, _autocast(_pictures(256)), "nesterov"),
-        workers=32,
-        autocasts=True,
-        needs_gpu=True,
-    ),
-    "gpt2": Workload(
-        "GPT-2 small, 32 × 1,024 tokens, AdamW",
-        _gpt2,
-        _tokens(32, 1024, 50_000),
-        "adamw",
-        autocasts=True,
-        needs_gpu=True,
-        bytes_each=6 * 4 * 124_439_808,
-    ),
+    "lstm": Workload(LSTM, _lstm, token_loss(64, 16, 33_000), "adamw", 4, autocasts=True),
+    "translation": Workload(MARIAN, _marian, token_loss(32, 16, 4_000), "adamw", 2, autocasts=True),
+    "resnet": Workload("ResNet-20, 128 images, SGD + Nesterov", _resnet, image_loss(128), "nesterov"),
+    "resnet-8192": Workload(RESNET, _resnet, autocast(image_loss(256)), "nesterov", 32, True, False, True),
+    "gpt2": Workload(GPT2, _gpt2, token_loss(32, 1024, 50_000), "adamw", 1, True, False, True, 24 * 124_439_808),
     **{
-        f"flat-{parameters:.0e}-{tensors}".replace("e+0", "e"): _flat(parameters, tensors)
+        f"flat-{parameters:.0e}-{tensors}".replace("e+0", "e"): flat_list(parameters, tensors)
         for parameters in (10**6, 10**7, 10**8, 10**9)
         for tensors in (10, 10_000)
     },
 }
-"""Everything that can be benched, by name."""
+"""Every workload, by name."""
 
 
-class _Given(torch.autograd.Function):
-    """A loss that is nothing but its gradients: the backward pass hands them to hooks and parameters, uncopied."""
+class GivenGradients(torch.autograd.Function):
+    """A loss with given gradients: the backward pass hands them to hooks and parameters without a copy."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *params: Tensor) -> Tensor:
@@ -188,16 +169,16 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        # A tensor that nobody else holds becomes `.grad` as it is.
+        # A tensor without other references becomes `.grad` without a copy.
         return None, *(gradient.detach() for gradient in ctx.gradients)
 
 
 @dataclass
 class Made:
-    """A model with the parameters that are trained and, of a flat list, their gradients.
+    """A model with its trained parameters and, for a flat list, their gradients.
 
     Attributes:
-        pass_seconds: the seconds of `backward`; those of a flat list, whose pass is hooks alone, are not among them.
+        pass_seconds: seconds spent in `backward`, except for a flat list, whose pass consists of hooks.
     """
 
     workload: Workload
@@ -217,12 +198,12 @@ class Made:
     def loss(self, worker: int, share: float = 1.0) -> Tensor:
         """The worker's loss, divided by the number of workers."""
         if self.workload.loss is None:
-            given: Tensor = _Given.apply(self.gradients, *self.params)
+            given: Tensor = GivenGradients.apply(self.gradients, *self.params)
             return given
         return self.workload.loss(self.model, worker, share) / self.workload.workers
 
     def backward(self, worker: int, share: float = 1.0) -> None:
-        """A pass of the worker, where the parameters are."""
+        """A forward and backward pass of the worker at the current parameters."""
         synchronize(self.device)
         started = time.perf_counter()
         loss = self.loss(worker, share)

@@ -50,7 +50,7 @@ def suggest(
         import optuna
     except ImportError as error:
         raise ValueError(
-            "search.kind is 'optuna', and optuna is not installed: pip install 'hf_extrap[study]'."
+            "search.kind is 'optuna', and optuna is not installed: pip install 'hf_extrap[lab]'."
         ) from error
     logging.getLogger("optuna").setLevel(logging.WARNING)
     distributions: dict[str, optuna.distributions.BaseDistribution] = {

@@ -1,45 +1,62 @@
-"""hf-extrap bench: what it compares, how it counts, what it keeps."""
+"""hf-extrap bench: the compared methods, what is counted, and what a later call keeps, repeats and continues."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import sys
 import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from hf_extrap.cli import main
 from hf_extrap.lab.bench import bench as module
 from hf_extrap.lab.bench import methods, workloads
-from hf_extrap.lab.bench.bench import bench
-from hf_extrap.lab.bench.fusion import compare
-from hf_extrap.lab.bench.memory import peak_bytes
+from hf_extrap.lab.bench.bench import LOOPS, PARTS, Loop, workloads_of
 from hf_extrap.lab.bench.methods import METHODS, NotInstalled, make
 from hf_extrap.lab.bench.report import growth
-from hf_extrap.lab.bench.timing import WARM_UPS, interleaved, ratio, spread
-from hf_extrap.lab.bench.workloads import Made, Workload
+from hf_extrap.lab.bench.timing import WARM_UPS, Step
+from hf_extrap.lab.bench.workloads import WORKLOADS, Made, Workload, flat_list, token_loss
 from hf_extrap.optim.config import PRESETS
 
 CPU = torch.device("cpu")
+TINY, FLAT = "tiny", "tiny-flat"
+ROW = {
+    **{key: [1.0, 2.0] for key in ("step", "optimizer", "base_step", "base_optimizer")},
+    **{"parameters": 1000, "tensors": 10, "peak_bytes": 9},
+}
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+def linear_loss(model: torch.nn.Module, worker: int, share: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(worker)
+    return model(torch.randn(max(1, round(8 * share)), 4, generator=generator)).square().mean()
+
+
+def linear(base: str, workers: int) -> Workload:
+    return Workload("a line", lambda: torch.nn.Linear(4, 3), linear_loss, base, autocasts=True, workers=workers)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model and a flat list that take microseconds."""
+    for name, workload in {TINY: linear("adamw", 2), FLAT: flat_list(1000, 10)}.items():
+        monkeypatch.setitem(WORKLOADS, name, workload)
 
-    def loss(model: torch.nn.Module, worker: int, share: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(worker)
-        return model(torch.randn(max(1, round(8 * share)), 4, generator=generator)).square().mean()
 
-    model = Workload("a line", lambda: torch.nn.Linear(4, 3), loss, "adamw", autocasts=True, workers=2)
-    for name, workload in {"tiny": model, "tiny-flat": workloads._flat(1000, 10)}.items():
-        monkeypatch.setitem(workloads.WORKLOADS, name, workload)
-    return "tiny"
+def bench(names: Sequence[str], chosen: Sequence[str], folder: Path, rounds: int = 2, **more: Any) -> dict[str, Any]:
+    """The results that a benchmark leaves in the folder, by workload and method."""
+    module.bench(names, chosen, rounds, output_dir=str(folder), device="cpu", **more)
+    return json.loads((folder / "bench.json").read_text())["results"]
+
+
+def need_peer(method: str) -> None:
+    if package := {"schedulefree": "schedulefree", "cooper extragradient": "cooper"}.get(method):
+        pytest.importorskip(package, reason="needs the peer: pip install hf_extrap[bench]")
 
 
 def test_every_preset_and_every_peer_is_compared() -> None:
@@ -48,13 +65,9 @@ def test_every_preset_and_every_peer_is_compared() -> None:
 
 @pytest.mark.parametrize("base", ["adamw", "nesterov"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_takes_its_steps(tiny: str, method: str, base: str) -> None:
-    if method == "schedulefree":
-        pytest.importorskip("schedulefree", reason="needs the peer: pip install hf_extrap[bench]")
-    if method == "cooper extragradient":
-        pytest.importorskip("cooper", reason="needs the peer: pip install hf_extrap[bench]")
-    workload = workloads.WORKLOADS[tiny]
-    made = Made(Workload(workload.title, workload.build, workload.loss, base, workers=2), CPU)
+def test_a_method_takes_its_steps(method: str, base: str) -> None:
+    need_peer(method)
+    made = Made(linear(base, 2), CPU)
     before = float((made.loss(0) + made.loss(1)).detach())
     step, _ = make(method, made)
     for _ in range(5):
@@ -62,12 +75,11 @@ def test_a_method_takes_its_steps(tiny: str, method: str, base: str) -> None:
     assert float(made.loss(0) + made.loss(1)) < before
 
 
-def test_peers_of_a_kind_take_the_step_that_ours_takes(tiny: str) -> None:
-    # With one worker and no momentum SAM is SAM, whoever wrote it.
+def test_a_peer_takes_the_steps_of_the_same_method_here() -> None:
+    # With one worker and no momentum, local and global SAM are equal.
     ends = []
     for method in ("sam", "pytorch_optimizer SAM"):
-        workload = workloads.WORKLOADS[tiny]
-        made = Made(Workload(workload.title, workload.build, workload.loss, "nesterov"), CPU)
+        made = Made(linear("nesterov", 1), CPU)
         step, _ = make(method, made)
         for _ in range(4):
             step()
@@ -75,17 +87,17 @@ def test_peers_of_a_kind_take_the_step_that_ours_takes(tiny: str) -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "counted"), [("tiny-flat", True), ("tiny", False)])
-def test_hooks_count_where_there_is_no_pass_but_them(tiny: str, name: str, counted: bool) -> None:
-    made = Made(workloads.WORKLOADS[name], CPU)
+@pytest.mark.parametrize(("name", "counted"), [(FLAT, True), (TINY, False)])
+def test_time_of_hooks_counts_for_flat_lists_only(name: str, counted: bool) -> None:
+    made = Made(WORKLOADS[name], CPU)
     step, _ = make("base", made)
     step()
     made.params[0].register_hook(lambda _: time.sleep(0.1))
     assert (min(step() for _ in range(3)) >= 0.1) == counted
 
 
-def test_given_gradients_reach_hooks_and_parameters_uncopied(tiny: str) -> None:
-    made, seen = Made(workloads.WORKLOADS["tiny-flat"], CPU), []
+def test_given_gradients_reach_hooks_and_parameters_without_a_copy() -> None:
+    made, seen = Made(WORKLOADS[FLAT], CPU), []
     for p in made.params:
         p.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
     for _ in range(2):
@@ -96,75 +108,126 @@ def test_given_gradients_reach_hooks_and_parameters_uncopied(tiny: str) -> None:
         made.model.zero_grad()
 
 
-def test_rounds_are_interleaved_and_turned_round() -> None:
-    order: list[str] = []
-
-    def step(name: str) -> Any:
-        return lambda: order.append(name) or 0.0
-
-    found = interleaved({"a": step("a"), "b": step("b")}, rounds=4)
-    assert "".join(order)[2 * WARM_UPS :] in ("abbaabba", "baabbaab")
-    assert all(len(row["step"]) == len(row["optimizer"]) == 4 for row in found.values())
-
-
-def test_ratio_is_that_of_the_rounds() -> None:
-    base = np.random.default_rng(1).uniform(1, 5, 40)
-    noise = np.random.default_rng(2).normal(1, 0.01, 40)
-    middle, low, high = ratio(base * 1.5 * noise, base)
-    assert low < middle < high and abs(middle - 1.5) < 0.02 and high - low < 0.05
-    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
-
-
-def test_peak_is_what_lived_at_once() -> None:
-    def work() -> torch.Tensor:
-        kept = torch.zeros(1_000_000)
-        for _ in range(3):
-            torch.zeros(500_000)
-        return kept
-
-    assert peak_bytes(CPU, work) == pytest.approx(6_000_000, rel=0.01)
-
-
-def test_a_peer_that_is_missing_is_said(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_peer_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)
 
     monkeypatch.setattr(methods, "import_module", missing)
     with pytest.raises(NotInstalled, match="schedulefree is not installed; allowed: pip install schedulefree"):
-        make("schedulefree", Made(workloads.WORKLOADS[tiny], CPU))
-    bench([tiny], ["schedulefree"], 2, output_dir=str(tmp_path), device="cpu")
+        make("schedulefree", Made(WORKLOADS[TINY], CPU))
+    bench([TINY], ["schedulefree"], tmp_path)
     assert "not installed" in (tmp_path / "bench.md").read_text()
 
 
-def test_what_is_measured_is_kept(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "bench",
-        "--workloads",
-        "tiny,tiny-flat",
-        "--rounds",
-        "2",
-        "--device",
-        "cpu",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert main([*words, "--methods", "extrap-past"]) == 0
-    first = json.loads((tmp_path / "bench.json").read_text())
-    assert main([*words, "--methods", "extrap-past;past-update"]) == 0
-    second = json.loads((tmp_path / "bench.json").read_text())
-    for name in (tiny, "tiny-flat"):
-        assert set(second["results"][name]) == {"base", "extrap-past", "past-update"}
-        assert {m: second["results"][name][m] for m in first["results"][name]} == first["results"][name]
-    held = {m: row["peak_bytes"] for m, row in second["results"]["tiny-flat"].items()}
-    # x beside y, and for local directions the gradient that is the next one: 4 bytes each.
+def test_a_peer_installed_later_is_measured_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_peer("schedulefree")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "schedulefree", None)
+        first = bench([FLAT], ["schedulefree"], tmp_path)[FLAT]
+    assert "not installed" in first["schedulefree"]["skipped"]
+    second = bench([FLAT], ["schedulefree"], tmp_path)[FLAT]
+    assert len(second["schedulefree"]["step"]) == 2 and second["base"] == first["base"]
+    assert second["schedulefree"]["package"] == f"schedulefree {version('schedulefree')}"
+
+
+def test_measured_results_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--workloads", f"{TINY},{FLAT}", "--rounds", "2", "--device", "cpu", "--output_dir"]
+    assert main([*words, str(tmp_path), "--methods", "extrap-past"]) == 0
+    first = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert main([*words, str(tmp_path), "--methods", "extrap-past;past-update"]) == 0
+    second = json.loads((tmp_path / "bench.json").read_text())["results"]
+    for name in (TINY, FLAT):
+        assert set(second[name]) == {"base", "extrap-past", "past-update"}
+        assert {m: second[name][m] for m in first[name]} == first[name]
+    held = {m: row["peak_bytes"] for m, row in second[FLAT].items()}
+    # x next to y, and for local directions the gradient that is the next one: 4 bytes each.
     assert held["past-update"] - held["base"] == pytest.approx(4000, abs=600)
     assert held["extrap-past"] - held["base"] == pytest.approx(8000, abs=600)
     table = (tmp_path / "bench.md").read_text()
     assert "`past-update`" in table and "18 (11)" in table and table in capsys.readouterr().out
     assert (tmp_path / "bench.png").stat().st_size > 5000
-    assert main([*words[:-1], str(tmp_path / "late"), "--minutes", "0"]) == 0
+    assert main([*words, str(tmp_path / "late"), "--minutes", "0"]) == 0
     assert "Time is up before tiny" in capsys.readouterr().out
-    assert json.loads((tmp_path / "late" / "bench.json").read_text())["results"]["tiny"] == {}
+    assert json.loads((tmp_path / "late" / "bench.json").read_text())["results"][TINY] == {}
+
+
+def test_finished_results_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bench([FLAT], ["base"], tmp_path)
+    assert len(first[FLAT]["base"]["optimizer"]) == 2
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured again"))
+    assert bench([FLAT], ["base"], tmp_path) == first
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(0, 0), (2 * WARM_UPS + 4, 0), (2 * WARM_UPS + 9, 4), (99, 7)])
+def test_time_ends_between_two_steps(
+    steps: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[str] = []
+
+    def counted(method: str, made: Made) -> tuple[Step, object]:
+        # The peak takes three steps of each method before the rounds begin.
+        return (lambda: taken.append(method) or 1.0), None
+
+    monkeypatch.setattr(module, "make", counted)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 61.0 * (len(taken) >= 2 * 3 + steps)))
+    found = bench([FLAT], ["none"], tmp_path, rounds=7, minutes=1)[FLAT]
+    assert [len(row[key]) for row in found.values() for key in ("step", "base_step")] == [kept] * 4 * (kept > 0)
+    assert len(taken) == min(2 * 3 + steps, 2 * (3 + WARM_UPS + 7))
+    assert (f"Time is up before {FLAT} is done; give it more minutes." in capsys.readouterr().out) == (kept == 0)
+    if kept:
+        assert f" {kept} " in (tmp_path / "bench.md").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_a_later_call_measures_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0] * 2)
+    with monkeypatch.context() as short:
+        short.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock, 61.0)))
+        short.setattr(module, "measure", lambda *_: {"base": ROW})
+        found = bench([FLAT, TINY], ["base"], tmp_path, minutes=1)
+    assert f"Time is up before {TINY} is done; the same command continues from here." in capsys.readouterr().out
+    assert found == {FLAT: {"base": ROW}, TINY: {}}
+    found = bench([FLAT, TINY], ["base"], tmp_path)
+    assert found[FLAT] == {"base": ROW} and len(found[TINY]["base"]["step"]) == 2
+
+
+def test_each_group_of_a_loop_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+    row = {"step": [2.0, 4.0], "base_step": [1.0, 2.0], "parameters": 1, "block": 5}
+
+    def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
+        calls.append((*kinds, str(rounds)))
+        return {kind: row for kind in kinds if len(calls) != 2}
+
+    monkeypatch.setitem(LOOPS, "trainer", Loop(run, [("base", "none"), ("base", "extrap")]))
+    for _ in range(3):
+        found = bench(["trainer"], ["base"], tmp_path)
+    # Time ended in the second group, with which the second call continues.
+    assert calls == [("base", "none", "2"), ("base", "extrap", "2"), ("base", "extrap", "2")]
+    assert found["trainer"] == dict.fromkeys(("base", "none", "extrap"), row)
+    table = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert "2.000 (2.000 … 2.000)" in table and "2 × 5 steps" in table
+
+
+def test_methods_that_need_much_memory_are_measured_in_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[list[str]] = []
+
+    def measure(name: str, device: object, group: list[str], *_: object) -> dict[str, Any]:
+        groups.append(group)
+        return dict.fromkeys(group, ROW)
+
+    monkeypatch.setattr(module, "measure", measure)
+    for workload in ("gpt2", "lstm", "lstm"):
+        bench([workload], ["none", "extrap"], tmp_path)
+    assert groups == [["base", "none"], ["base", "extrap"], ["base", "none", "extrap"]]
+
+
+def test_what_does_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "flat-1e13-10", flat_list(10**13, 10))
+    found = bench(["gpt2", "flat-1e13-10"], ["none"], tmp_path)
+    assert {row["skipped"] for row in found["gpt2"].values()} == {"needs a GPU."}
+    assert all(row["skipped"].startswith("needs 480000 GB, and ") for row in found["flat-1e13-10"].values())
 
 
 def test_growth_is_a_line() -> None:
@@ -179,12 +242,7 @@ def test_growth_is_a_line() -> None:
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["`base`", "2.00", "3.0", "0 %"]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, for torch.compile on a CPU")
-def test_one_pass_is_three() -> None:
-    assert set(compare(1000, 2, CPU, rounds=2)) == {"one", "three", "base"}
-
-
-def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--workloads", "bert"], "workload is 'bert'; allowed: lstm"),
         (["--methods", "adam"], "method is 'adam'; allowed: base"),
@@ -194,31 +252,30 @@ def test_wrong_words_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["bench", *words, "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
         assert said in capsys.readouterr().err
     (tmp_path / "bench.json").write_text(json.dumps({"machine": {"torch": "0.1"}, "results": {}}))
-    with pytest.raises(ValueError, match="holds figures of another machine"):
-        module._begin(tmp_path / "bench.json", CPU)
+    with pytest.raises(ValueError, match="holds results of another machine"):
+        bench([TINY], ["base"], tmp_path)
 
 
 @pytest.mark.parametrize("able", [True, False])
 def test_precision_is_that_of_the_cpu_and_is_not_mixed(
-    tiny: str, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: able)
     seen: list[bool] = []
-    linear = torch.nn.Linear(4, 3)
-    linear.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)
-    workloads._tokens(2, 3, 9)(linear, 0, 1.0)
+    model = torch.nn.Linear(4, 3)
+    model.forward = lambda **_: seen.append(torch.is_autocast_enabled("cpu")) or SimpleNamespace(loss=0)
+    token_loss(2, 3, 9)(model, 0, 1.0)
     assert seen == [able]
-    bench([tiny, "tiny-flat"], ["base"], 2, output_dir=str(tmp_path), device="cpu")
+    bench([TINY, FLAT], ["base"], tmp_path)
     table = (tmp_path / "bench.md").read_text()
-    assert (
-        f"a line, {'bf16 autocast' if able else 'float32'}\n" in table and "gradients given, AdamW, float32\n" in table
-    )
+    assert f"a line, {'bf16 autocast' if able else 'float32'}\n" in table
+    assert "gradients given, AdamW, float32\n" in table
     monkeypatch.setattr(workloads, "cpu_has_bf16", lambda: not able)
     with pytest.raises(ValueError, match="of another machine or precision .precision was"):
-        bench([tiny], ["base"], 2, output_dir=str(tmp_path), device="cpu")
+        bench([TINY], ["base"], tmp_path)
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
-    assert module._too_large(workloads.WORKLOADS["gpt2"], CPU, 1) == "needs a GPU."
-    huge = workloads._flat(10**13, 10)
-    assert "needs 480000 GB" in str(module._too_large(huge, CPU, 2))
+def test_a_part_consists_of_known_workloads() -> None:
+    for part, names in PARTS.items():
+        assert set(names) <= {*WORKLOADS, *LOOPS} and workloads_of(part) == names
+    assert not any(WORKLOADS[name].needs_gpu for name in PARTS["cpu"] if name in WORKLOADS)

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.lab.bench.methods import EXTRA_ALL_REDUCES, METHODS, make
 from hf_extrap.lab.bench.workloads import Made, Workload
-from hf_extrap.lab.scale.arithmetic import PRESETS as PLANNED
-from hf_extrap.lab.scale.arithmetic import communication
-from hf_extrap.lab.scale.counting import CollectiveCounter
+from hf_extrap.lab.counting import CollectiveCounter
+from hf_extrap.lab.scale import PRESETS as PLANNED
+from hf_extrap.lab.scale import communication
 from hf_extrap.optim.config import PRESETS
 
 CPU = torch.device("cpu")

@@ -28,10 +28,7 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     [
         (SAID.format(""), "RuntimeError: gloo has no interface"),
         (SAID.format("[rank1]: "), "RuntimeError: gloo has no interface"),
-        (
-            "x.errors.ChildFailedError: \n  traceback : Signal 9 (SIGKILL) received by PID 17\n=====",
-            "Signal 9 (SIGKILL)",
-        ),
+        ("x.errors.ChildFailedError: \n  traceback : Signal 9 (SIGKILL) received by PID 17\n==", "Signal 9 (SIGKILL)"),
         ("python: No module named torch\n", "python: No module named torch"),
         ("", "no message"),
     ],
@@ -39,11 +36,10 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 def test_a_failure_is_a_sentence(
     said: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        processes, "subprocess", SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
-    )
+    failed = SimpleNamespace(returncode=1, stderr=said)
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
     assert main(["bench", "--workloads", "processes", "--device", "cpu", "--output_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"hf-extrap: error: the benchmark of two processes failed: {reason}\n"
+    assert capsys.readouterr().err == f"hf-extrap: error: the benchmark of two processes failed: {reason}.\n"
 
 
 @pytest.mark.slow

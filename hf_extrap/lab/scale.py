@@ -1,0 +1,372 @@
+"""The cost of extrapolation at scale: bytes sent and held by formulas, and virtual workers measured on one device.
+
+`python -m hf_extrap.lab.scale plan` prints the formulas' tables; `simulate` measures, and writes JSON and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.extrapolated import Extrapolated
+
+from .counting import held_bytes
+
+ENGINES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3, FSDP2", "hsdp": "HSDP"}
+"""DistributedDataParallel, DeepSpeed's ZeRO stages 1 to 3 (FSDP2 equals ZeRO-3), and FSDP2 over replicas and shards."""
+
+PRESETS = ("none", "extrap-past", "past-update", "gaussian", "optimistic", "extrap", "extragradient")
+
+PLACES = {"": {}, ", bfloat16": {"direction_dtype": "bfloat16"}, ", on the host": {"direction_device": "cpu"}}
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "none": ("none", {}),
+    "past-update": ("past-update", {}),
+    **{preset + place: (preset, fields) for preset in ("extrap-past", "extrap") for place, fields in PLACES.items()},
+}
+"""Preset and fields of each measured variant; without a suffix, directions are float32 on the parameters' device."""
+
+
+class Precision(NamedTuple):
+    """Bytes per element; the defaults are bf16 mixed precision with AdamW, 16 bytes per parameter in all.
+
+    Attributes:
+        weights: of the weights of the forward pass, and of their all-gathers.
+        gradients: of the gradients, their averaging, and the directions copied from them.
+        master: of a second copy of the weights that the optimizer steps; 0 for none.
+        moments: of the optimizer's state.
+    """
+
+    weights: int = 2
+    gradients: int = 2
+    master: int = 4
+    moments: int = 8
+
+
+BF16, FLOAT32 = Precision(), Precision(weights=4, gradients=4, master=0, moments=8)
+
+
+class Collective(NamedTuple):
+    """A collective: `all_reduce`, `reduce_scatter` or `all_gather`, bytes of the whole tensor, number of processes."""
+
+    kind: str
+    size: float
+    group: int
+
+
+def sent(collectives: list[Collective]) -> float:
+    """Bytes that each process sends with ring algorithms: n (K − 1) / K per tensor of n bytes, twice for an all-reduce.
+
+    Source: Rajbhandari et al., "ZeRO", SC 2020, section 7.
+    """
+    return sum((2 if c.kind == "all_reduce" else 1) * c.size * (c.group - 1) / c.group for c in collectives)
+
+
+def communication(
+    engine: str, preset: str, parameters: int, ranks: int, precision: Precision = BF16, node: int = 8
+) -> tuple[list[Collective], list[Collective]]:
+    """The collectives of one step.
+
+    Args:
+        engine: one of `ENGINES`.
+        preset: one of `PRESETS`; noise has global scope where the engine supports no other.
+        parameters: number of parameters of the model.
+        ranks: K, the number of processes.
+        precision: bytes per element.
+        node: number of processes that hold one copy of the weights, for `hsdp`.
+
+    Returns:
+        The collectives of the engine alone, and those that the preset adds. Scalars are left out, such as one norm per
+        tensor where a scaling needs norms of sharded tensors.
+
+    Raises:
+        ValueError: for an unknown name, a number of ranks that is no multiple of `node`, or a local direction on an
+            engine whose ranks share one copy of the weights.
+    """
+    p = precision
+    _check(engine, preset, ranks, node)
+    gradients, weights = parameters * p.gradients, parameters * p.weights
+    reduce = Collective("all_reduce", gradients, ranks)
+    if engine == "ddp":
+        one_pass = step = [reduce]
+    elif engine in ("zero1", "zero2"):
+        # A fresh direction is averaged by an all-reduce, because every rank moves all of its weights.
+        one_pass = [reduce]
+        step = [Collective("reduce_scatter", gradients, ranks), Collective("all_gather", weights, ranks)]
+    else:
+        group = ranks if engine == "zero3" else node
+        gather = Collective("all_gather", weights, group)
+        one_pass = step = [gather, gather, Collective("reduce_scatter", gradients, group)]
+        if engine == "hsdp":
+            one_pass = step = [*step, Collective("all_reduce", gradients / node, ranks // node)]
+    if preset == "extragradient" or (preset == "extrap" and engine == "hsdp"):
+        return step, one_pass
+    if preset == "optimistic" and engine in ("zero1", "zero2"):
+        return step, [Collective("all_gather", parameters * (p.master or p.gradients), ranks)]
+    return step, []
+
+
+def memory(
+    engine: str,
+    preset: str,
+    parameters: int,
+    ranks: int,
+    precision: Precision = BF16,
+    node: int = 8,
+    virtual_workers: int = 1,
+    swap: bool = False,
+) -> dict[str, float]:
+    """Bytes that a process holds during the backward pass at y, without activations and communication buffers.
+
+    Args:
+        engine, preset, parameters, ranks, precision, node: as for `communication`.
+        virtual_workers: of each process; in local scope each has its own direction.
+        swap: whether parameters point to y, which then overwrites its direction (`ExtrapConfig.swap`).
+
+    Returns:
+        `weights`, `gradients` and `optimizer` of the engine alone; `x`, kept while the weights hold y, and
+        `directions`, which the preset adds, in the precision of the gradients (float32 for a past update).
+
+    Raises:
+        ValueError: as `communication` does.
+    """
+    p = precision
+    _check(engine, preset, ranks, node)
+    shards = {"zero3": ranks, "hsdp": node}.get(engine, 1)
+    directions = {
+        # DeepSpeed's flat gradient has the precision of the master weights.
+        "optimistic": (p.master or p.gradients) if engine.startswith("zero") else p.gradients,
+        "past-update": 4,
+        "extrap": p.gradients,
+        "extragradient": p.gradients,
+    }
+    # The gradients of this step, the directions of the next one, reuse the memory of the spent directions.
+    held = virtual_workers * p.gradients if preset == "extrap-past" else 0 if swap else directions.get(preset, 0)
+    return {
+        "weights": parameters * p.weights / shards,
+        "gradients": parameters * p.gradients / (ranks if engine == "zero2" else shards),
+        "optimizer": parameters * (p.master + p.moments) / (ranks if engine in ("zero1", "zero2") else shards),
+        "x": 0.0 if preset == "none" else parameters * p.weights / shards,
+        "directions": parameters * held / shards,
+    }
+
+
+def _check(engine: str, preset: str, ranks: int, node: int) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; allowed: {', '.join(ENGINES)}.")
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; allowed: {', '.join(PRESETS)}.")
+    if engine == "hsdp" and (ranks < 1 or ranks % node):
+        raise ValueError(f"ranks is {ranks} and node is {node}; allowed: a multiple of node, for hsdp.")
+    if engine == "zero3" and preset in ("extrap", "extrap-past"):
+        raise ValueError(
+            f"preset is {preset!r}, whose directions are local, and engine is 'zero3', whose ranks share one copy of "
+            "the weights; allowed: optimistic, extragradient, past-update, gaussian, or hsdp."
+        )
+
+
+def plan_tables(parameters: int, ranks: Sequence[int], node: int = 8) -> str:
+    """Markdown tables of the GB that each rank sends in a step, and holds, by engine, preset and number of ranks.
+
+    A cell is what the engine has alone + what the preset adds; presets with the same cells share a row.
+    """
+    tables: tuple[dict[tuple[str, ...], list[str]], ...] = ({}, {})
+    for engine, name in ENGINES.items():
+        for preset in PRESETS:
+            cells = [_plan_cells(engine, preset, parameters, k, node) for k in ranks]
+            for table, row in zip(tables, zip(*cells, strict=True), strict=True):
+                table.setdefault((name, *row), []).append(f"`{preset}`")
+    head = ["engine", "preset", *(f"K = {k:,}" for k in ranks)]
+    parts = []
+    for title, table in zip(("GB sent per rank and step:", "GB held per rank:"), tables, strict=True):
+        rows = [[name, ", ".join(presets), *row] for (name, *row), presets in table.items()]
+        parts += [title, tabulate(rows, head, tablefmt="pipe", disable_numparse=True)]
+    return "\n\n".join(parts)
+
+
+def _plan_cells(engine: str, preset: str, parameters: int, ranks: int, node: int) -> tuple[str, ...]:
+    try:
+        base, extra = communication(engine, preset, parameters, ranks, node=node)
+    except ValueError:
+        return "refused", "refused"
+    held = memory(engine, preset, parameters, ranks, node=node)
+    added = held["x"] + held["directions"]
+    pairs = ((sent(base), sent(extra)), (sum(held.values()) - added, added))
+    return tuple(f"{own / 1e9:.3g}" + (f" + {more / 1e9:.3g}" if more else "") for own, more in pairs)
+
+
+def measure(variant: str, workers: int, steps: int = 3, width: int = 512, batch: int = 8) -> dict[str, Any]:
+    """Run one cell twice in separate single-threaded processes, for the time and for the memory.
+
+    Args:
+        variant: a name in `VARIANTS`.
+        workers: K virtual workers, one micro-batch each.
+        steps: measured steps, after two that fill the buffers.
+        width: of the four layers of a perceptron, whose directions are as large as itself.
+        batch: samples of a micro-batch.
+
+    Returns:
+        `parameters`; `seconds` of a step, the median; `peak_bytes`, the growth of the process's largest resident set
+        from before the model was made to the end of the last step, with an allocator that returns freed memory at once
+        (which costs time); `default_peak_bytes`, the same of the timed process; `held`, of `held_bytes` at the last y.
+
+    Raises:
+        RuntimeError: if the process fails.
+    """
+    cell = ["cell", variant, *map(str, (workers, steps, width, batch))]
+    timed, spared = (_in_process(cell, environment) for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}))
+    return {**timed, "peak_bytes": spared["peak_bytes"], "default_peak_bytes": timed["peak_bytes"]}
+
+
+def _in_process(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "hf_extrap.lab.scale", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed: {done.stderr[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run_cell(variant: str, workers: int, steps: int, width: int, batch: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # A step of a tiny model, so that the first use of the libraries is not counted.
+    tiny = nn.Linear(2, 2)
+    tiny(torch.randn(2, 2)).sum().backward()
+    torch.optim.AdamW(tiny.parameters()).step()
+    # Reset the peak, which importing torch has set.
+    Path("/proc/self/clear_refs").write_text("5")
+    peak_before = _peak()
+    inputs = torch.randn(workers, batch, width)
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())))
+    preset, fields = VARIANTS[variant]
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = Extrapolated(base, ExtrapConfig.preset(preset, **fields), virtual_workers=workers)
+    seconds, held = [], dict[str, int]()
+    for step in range(2 + steps):
+        started = time.perf_counter()
+        for worker in range(workers):
+            if optimizer.wants_probe:
+                with optimizer.probing(worker=worker) as backward:
+                    backward(model(inputs[worker]).square().mean() / workers)
+            optimizer.train(worker=worker)
+            (model(inputs[worker]).square().mean() / workers).backward()
+        elapsed = time.perf_counter() - started
+        if step == 1 + steps:
+            held = held_bytes(optimizer)
+        started = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(elapsed + time.perf_counter() - started)
+    return {
+        "variant": variant,
+        "workers": workers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": statistics.median(seconds[2:]),
+        "peak_bytes": _peak() - peak_before,
+        "held": held,
+    }
+
+
+def _peak() -> int:
+    """Bytes of this process's largest resident set since the last reset (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Intercept and slope of the line with the least squared relative errors."""
+    slope, intercept = np.polyfit(x, y, 1, w=1 / np.asarray(y))
+    return float(intercept), float(slope)
+
+
+def simulation_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown tables of seconds and MB by variant and K, with fitted lines, and MB held at the largest K."""
+    seconds, peaks = [], []
+    for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
+        heads, peak = [f"K = {k}" for k in own["workers"]], own["peak_bytes"] / 1e6
+        a, b = line(own["workers"], own["seconds"])
+        cells = dict(zip(heads, own["seconds"].map("{:.3f}".format), strict=True))
+        seconds.append({"s a step": variant, **cells, "ms + ms · K": f"{1e3 * a:.1f} + {1e3 * b:.2f} · K"})
+        a, b = line(own["workers"], peak)
+        cells = dict(zip(heads, peak.map("{:,.0f}".format), strict=True))
+        held = own["held"].iloc[-1]
+        device, host = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
+        fitted = {"MB + MB · K": f"{a:.0f} + {b:.2f} · K"}
+        peaks.append({"peak, MB": variant, **cells, **fitted, "held": device, "on the host": host})
+    tables = (tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (seconds, peaks))
+    return "\n\n".join(tables)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and peak memory against K on logarithmic axes, with the fitted lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    presets, places = list(dict.fromkeys(preset for preset, _ in VARIANTS.values())), list(PLACES)
+    for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
+        preset = VARIANTS[str(variant)][0]
+        style = ("-", "--", ":")[places.index(str(variant).removeprefix(preset))]
+        for axis, values in zip(axes, (own["seconds"], own["peak_bytes"] / 1e6), strict=True):
+            color = f"C{presets.index(preset)}"
+            a, b = line(own["workers"], values)
+            fine = np.geomspace(own["workers"].min(), own["workers"].max(), 100)
+            axis.plot(fine, a + b * fine, style, color=color, linewidth=1.4, label=variant)
+            axis.plot(own["workers"], values, "o", color=color, markersize=4)
+    for axis, label in zip(axes, ("seconds a step", "peak memory of the process, MB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="virtual workers K", ylabel=label)
+        axis.set_xticks(own["workers"], [str(k) for k in own["workers"]])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Print tables; `simulate` also writes its numbers and a figure."""
+    parser = argparse.ArgumentParser("python -m hf_extrap.lab.scale")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="bytes sent and held, by formulas")
+    plan.add_argument("--parameters", type=int, default=1_500_000_000)
+    plan.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
+    plan.add_argument("--node", type=int, default=8, help="ranks that share one copy of the weights under HSDP")
+    simulate = commands.add_parser("simulate", help="seconds and memory of virtual workers on this machine's CPU")
+    simulate.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    simulate.add_argument("--width", type=int, default=512)
+    simulate.add_argument("--json", type=Path, default=Path("docs/scale.json"))
+    simulate.add_argument("--figure", type=Path, default=Path("docs/figures/scale_virtual_workers.png"))
+    cell = commands.add_parser("cell", help="one cell of a simulation, as JSON")
+    cell.add_argument("variant", choices=VARIANTS)
+    cell.add_argument("numbers", type=int, nargs=4, metavar="N", help="workers, steps, width, batch")
+    given = parser.parse_args()
+    if given.command == "plan":
+        print(plan_tables(given.parameters, given.ranks, given.node))
+    elif given.command == "cell":
+        print(json.dumps(_run_cell(given.variant, *given.numbers)))
+    else:
+        rows = [measure(variant, k, width=given.width) for k in tqdm(given.workers) for variant in VARIANTS]
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+        draw(rows, given.figure)
+        print(simulation_tables(rows))
+
+
+if __name__ == "__main__":
+    main()
