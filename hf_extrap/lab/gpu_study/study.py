@@ -62,7 +62,7 @@ class Study:
     """Runs in the slots of one device, one row of `rows.jsonl` each.
 
     Args:
-        folder: output folder; runs whose rows it already has are not repeated.
+        folder: output folder.
         images: on the device.
         setting: what all runs share.
         slots: one for each concurrent run; `probe` keeps as many as pay.
@@ -89,10 +89,8 @@ class Study:
         self.slots, self.throughput = self.slots[:count], measured[count]
 
     def run(self, runs: Iterable[Run]) -> None:
-        """Train those runs that have no row yet and fit, in this order, and update `throughput`."""
-        rows = {(row["stage"], row["name"], row["rate"], row["seed"]) for row in self.rows()}
-        waiting = deque(run for run in runs if (run.stage, run.name, run.rate, run.seed) not in rows)
-        started, done = time.monotonic(), 0
+        """Train the runs that fit, in this order, and update `throughput`."""
+        waiting, started, done = deque(runs), time.monotonic(), 0
         active: dict[Slot, Training] = {}
         begun: dict[Slot, tuple[Run, float]] = {}
         while time.monotonic() < self.end:
@@ -110,6 +108,11 @@ class Study:
             print(f"stopped: {begun[slot][0].name}, rate {begun[slot][0].rate:g}", flush=True)
         if done:
             self.throughput = done / (self._now() - started)
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """The runs that have no row yet."""
+        found = {(row["stage"], row["name"], row["rate"], row["seed"]) for row in self.rows()}
+        return [run for run in runs if (run.stage, run.name, run.rate, run.seed) not in found]
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows of the folder."""
@@ -200,13 +203,12 @@ def gpu_study(
     plan["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     plan |= {"torch": torch.__version__, "slots": len(study.slots), "minutes": minutes}
     count = max(1, int(FIRST_STAGE * affordable(1.0) / (setting.epochs * available)))
-    done = sum(row["stage"] == "a" for row in study.rows())
     write_json(output_dir / "plan.json", {**plan, "long_epochs": 0, "images_per_second": study.throughput})
-    study.run(first_stage(setting)[: done + count])
+    study.run(study.missing(first_stage(setting))[:count])
     long_epochs = earlier.get("long_epochs") or next(
         (n for n in setting.long_epochs if FEWEST_LONG * n * available <= affordable(1 - FIRST_STAGE)),
         setting.long_epochs[-1],
     )
     write_json(output_dir / "plan.json", {**plan, "long_epochs": long_epochs, "images_per_second": study.throughput})
-    study.run(second_stage(study.rows(), long_epochs, setting))
+    study.run(study.missing(second_stage(study.rows(), long_epochs, setting)))
     return write_report(output_dir)
