@@ -67,7 +67,7 @@ class BatchedWorkers:
         for worker in range(len(batches) if local else 1):
             of_worker = [_of_worker(g, worker) if local else _times(g, optimizer.loss_scale) for g in gradients]
             direction.put(worker, of_worker)
-            optimizer.note_probe(worker)
+            optimizer.in_progress.mark_probed(worker)
 
     def backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Take the gradients at y: their sum times `loss_scale` is added to `.grad`, and x is restored.
