@@ -1,6 +1,7 @@
 """Steps to a training loss of 0.05 where stability limits training: digits, full batches, momentum, seven workers.
 
-All methods have the same learning rates and seeds, and are reported at their best rate. Run: python examples/full_batch.py
+All methods have the same learning rates and seeds; each is reported at its best rate.
+Run: python examples/full_batch.py
 """
 
 from __future__ import annotations
