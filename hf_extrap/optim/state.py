@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .distributed import rank_and_world_size
+from .sharding import held
 
 if TYPE_CHECKING:
     from .extrapolated import Extrapolated
@@ -189,7 +190,17 @@ def _check_directions(optimizer: Extrapolated, state: Any, where: str) -> None:
     if state["owner"] != _owner(optimizer):
         # They will not be used.
         return
-    optimizer.scheme.direction.check_state_dict(state["directions"], optimizer.virtual_workers)
+    params, workers = optimizer.engine.params(), optimizer.virtual_workers
+    for name, saved in state["directions"].items():
+        worker, _, index = str(name).partition(".")
+        if not (worker.isdigit() and index.isdigit() and int(worker) < workers):
+            raise ValueError(f"a saved direction is {name!r}; allowed: WORKER.PARAMETER, worker < {workers}.")
+        shape = getattr(saved, "shape", None)
+        if int(index) >= len(params) or shape != held(params[int(index)]).shape:
+            raise ValueError(
+                f"the saved direction of parameter {index} has shape {shape and tuple(shape)}, which no parameter of "
+                "this optimizer has in that place: the checkpoint belongs to another model."
+            )
     for worker, value in state["curvature"].items():
         is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         _check(str(worker).isdigit() and is_number, f"{where}.curvature.{worker}", value, "a number of a worker")
