@@ -1,4 +1,4 @@
-"""Extrapolation in a plain DeepSpeed loop: `Extrapolated` is DeepSpeed's optimizer and connects to its engine.
+"""Extrapolation in a DeepSpeed loop: `Extrapolated` is the client optimizer, and is connected to the engine.
 
 torchrun --nproc_per_node 2 examples/deepspeed_loop.py --stage 2
 torchrun --nproc_per_node 2 examples/deepspeed_loop.py --stage 3 --preset extragradient
@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
+    os.environ["DS_ACCELERATOR"] = "cpu"  # must be set before DeepSpeed is imported
 
 import deepspeed
 import torch.distributed as dist
@@ -26,7 +26,7 @@ CONTEXT, BATCH = 16, 256
 
 
 def make_data() -> Tensor:
-    """Windows of Python's documentation: sixteen bytes, and the next byte."""
+    """Windows of 16 bytes of Python's documentation and the next byte, (windows, 17) int64."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode()[:200_000]
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, CONTEXT + 1, 3)
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # use gloo, and compile nothing
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # use gloo without compiled kernels
     deepspeed.init_distributed(verbose=False)
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -62,7 +62,7 @@ def main() -> None:
 
     @torch.no_grad()
     def loss_at_x() -> float:
-        optimizer.eval()  # y -> x, also before saving
+        optimizer.eval()  # y -> x; also needed before saving
         found = loss_of(data[:BATCH])
         dist.all_reduce(found)
         return found.item() / dist.get_world_size()

@@ -1,6 +1,7 @@
-"""Steps to a training loss of 0.05 if stability limits the speed: digits, full batches, momentum, seven workers.
+"""Steps to a training loss of 0.05 where stability limits training: digits, full batches, momentum, seven workers.
 
-Every method has the same learning rates and seeds; its best rate counts. Run: python examples/full_batch.py
+All methods have the same learning rates and seeds; each is reported at its best rate.
+Run: python examples/full_batch.py
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ METHODS = {
 
 
 def steps_to_target(method: str, rate: float, seed: int, nesterov: bool) -> tuple[int, float]:
-    """Steps until the loss of all samples reaches the target, STEPS + 1 if never, and gradients per worker."""
+    """Steps until the loss of all samples is below the target, STEPS + 1 if it never is, and gradients per worker."""
     images, labels = (torch.tensor(array)[:1400] for array in load_digits(return_X_y=True))
     images = images.float() / 16
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Extrapolation in a plain Accelerate loop; the new lines are those with `extrapolated`.
+"""Extrapolation in an Accelerate loop; the lines with `extrapolated` are the additional ones.
 
 python examples/plain_loop.py
 torchrun --nproc_per_node 2 examples/plain_loop.py
@@ -22,7 +22,7 @@ CONTEXT = 16
 
 
 def make_data() -> tuple[TensorDataset, int]:
-    """Sixteen bytes of Python's documentation, and the next byte."""
+    """16 bytes of Python's documentation and the next byte, (windows, 16) and (windows,); and the number of classes."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode()[:200_000]
     values = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     windows = values.unfold(0, CONTEXT + 1, 3)
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="extrap")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=512, help="of one process")
+    parser.add_argument("--batch_size", type=int, default=512, help="batch size per process")
     arguments = parser.parse_args()
 
     # Without `cpu=True`, processes without an accelerator would not form a process group.
@@ -48,7 +48,7 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(
         model, Extrapolated(base, ExtrapConfig.preset(arguments.preset)), loader
     )
-    extrapolated = optimizer.optimizer  # below Accelerate's wrapper
+    extrapolated = optimizer.optimizer  # inside Accelerate's wrapper
 
     first = last = float("nan")
     for step, (inputs, targets) in enumerate(repeat(loader, arguments.steps)):
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def repeat(loader: DataLoader, steps: int):
-    """Yield `steps` batches, epoch after epoch."""
+    """Yield `steps` batches over as many epochs as needed."""
     done = 0
     while done < steps:
         for batch in loader:

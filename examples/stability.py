@@ -1,8 +1,8 @@
 """The largest stable learning rate on quadratics, with and without extrapolation. Run: python examples/stability.py
 
-A mode of curvature λ ≤ 1 follows a linear recurrence of (x, v, g, previous x), with momentum v, gradient g = λ y at the
-extrapolated point y; it is stable while no eigenvalue exceeds 1 in absolute value. Full batches, so local and global
-directions are equal. The rates of Adam are those of the heavy ball divided by 1 − β₁.
+A mode of curvature λ ≤ 1 follows a linear recurrence of (x, v, g, previous x), with momentum v and the gradient
+g = λ y at the extrapolated point y. It is stable if no eigenvalue exceeds 1 in absolute value. Batches are full, so
+that local and global directions are equal. Adam's rates are those of the heavy ball divided by 1 − β₁.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BASES = {"no momentum": (0.0, False), "Nesterov 0.9": (0.9, True), "heavy ball 0
 
 
 def recurrence(rate: float, curvature: float, momentum: float, nesterov: bool, look: str, c: float) -> np.ndarray:
-    """The 4 × 4 matrix of one step of one mode."""
+    """The matrix, (4, 4), of one step of one mode."""
     x, v, g, before = np.eye(4)
     y = {"fresh": x - c * curvature * x, "past": x - c * g, "update": x + c * (x - before)}[look]
     gradient = curvature * y
@@ -30,7 +30,7 @@ def recurrence(rate: float, curvature: float, momentum: float, nesterov: bool, l
 
 
 def largest_stable_rate(momentum: float, nesterov: bool, look: str, c: float) -> float:
-    """The largest of the increasing rates below the first at which some mode is unstable."""
+    """The largest of `RATES` below the first one at which a mode is unstable; 0 if there is none."""
     largest = 0.0
     for rate in RATES:
         modes = [recurrence(rate, curvature, momentum, nesterov, look, c) for curvature in CURVATURES]
@@ -41,7 +41,7 @@ def largest_stable_rate(momentum: float, nesterov: bool, look: str, c: float) ->
 
 
 def main() -> None:
-    """Print the limit of each base optimizer, and the factor of each extrapolation."""
+    """Print the largest stable rate of each base optimizer, and the factor of each extrapolation."""
     for base, (momentum, nesterov) in BASES.items():
         alone = largest_stable_rate(momentum, nesterov, "fresh", 0.0)
         print(f"{base}: stable up to a rate of {alone:.2f} / λ_max; factors:")

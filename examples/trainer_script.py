@@ -1,4 +1,4 @@
-"""A Trainer script with ExtrapTrainer: a tiny GPT-2 from scratch, on bytes of Python's documentation.
+"""A Trainer script with `ExtrapTrainer`: trains a tiny GPT-2 from scratch on bytes of Python's documentation.
 
 python examples/trainer_script.py --extrap extrap
 torchrun --nproc_per_node 2 examples/trainer_script.py --extrap extrap-past
@@ -20,7 +20,7 @@ CONTEXT = 64
 
 
 def make_data() -> list[dict[str, list[int]]]:
-    """Blocks of bytes."""
+    """Blocks of 64 bytes of Python's documentation."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode()[:120_000]
     blocks = [list(text[i : i + CONTEXT]) for i in range(0, len(text) - CONTEXT, CONTEXT)]
     return [{"input_ids": block, "labels": block} for block in blocks]
@@ -28,7 +28,7 @@ def make_data() -> list[dict[str, list[int]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--extrap", default="extrap", help="a preset; none is the stock Trainer, bit for bit")
+    parser.add_argument("--extrap", default="extrap", help="preset; none equals the stock Trainer bit for bit")
     parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--output_dir", default=None)
     given = parser.parse_args()

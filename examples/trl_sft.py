@@ -1,4 +1,4 @@
-"""Extrapolation in any Trainer: TRL's SFTTrainer, by two class definitions. Needs `pip install trl`.
+"""Extrapolation in any Trainer: TRL's `SFTTrainer` with two class definitions. Requires `pip install trl`.
 
 python examples/trl_sft.py --extrap extrap-past
 """
@@ -22,15 +22,15 @@ from hf_extrap.training.arguments import ExtrapArguments
 
 @dataclass
 class ExtrapSFTConfig(ExtrapArguments, SFTConfig):
-    """SFTConfig with the `extrap` fields."""
+    """`SFTConfig` with the `extrap` fields."""
 
 
 class ExtrapSFTTrainer(ExtrapTrainerMixin, SFTTrainer):
-    """SFTTrainer with gradients at the extrapolated point."""
+    """`SFTTrainer` that takes gradients at the extrapolated point."""
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a small byte-level BPE, so that nothing is downloaded."""
+    """Train a small byte-level BPE tokenizer, so that nothing is downloaded."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=["<eos>"], show_progress=False))
@@ -39,7 +39,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--extrap", default="extrap", help="a preset; none is the stock SFTTrainer")
+    parser.add_argument("--extrap", default="extrap", help="preset; none equals the stock SFTTrainer")
     parser.add_argument("--max_steps", type=int, default=30)
     given = parser.parse_args()
 

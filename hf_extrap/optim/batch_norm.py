@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, where a step passes a model more than once and elsewhere than at its parameters."""
+"""BatchNorm's running statistics, where a step has several forward passes, some of them at y."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """Mean and variance of every BatchNorm layer, as they are in the model: what evaluation normalises with."""
+    """The running mean and variance of every BatchNorm layer, which evaluation normalizes with."""
     return [t for m in batch_norms(model) for t in (m.running_mean, m.running_var) if t is not None]
 
 
 @contextmanager
 def running_statistics_kept(model: nn.Module | None) -> Iterator[None]:
-    """Training passes inside normalise by their batch and leave running statistics, and their counts, as they are.
+    """Training passes inside normalize by their batch, and do not update running statistics.
 
     Args:
-        model: whose layers are meant; None for none.
+        model: contains the layers; None for none.
     """
     layers = [] if model is None else [m for m in batch_norms(model) if m.training and m.track_running_stats]
     try:
@@ -40,14 +40,14 @@ def running_statistics_kept(model: nn.Module | None) -> Iterator[None]:
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any]) -> None:
-    """Make the running statistics the mean over batches of each batch's mean and unbiased variance.
+    """Set the running statistics to the mean over batches of each batch's mean and unbiased variance.
 
-    The random state, modes and parameters are left as they were. A model without BatchNorm is not passed at all.
+    The random state, modes and parameters do not change. Without BatchNorm layers there is no pass.
 
     Args:
-        model: with the parameters that the statistics are for.
-        batches: what `forward` takes, each of which counts the same.
-        forward: one pass of the model, in whatever precision training has.
+        model: has the parameters that the statistics are for.
+        batches: arguments of `forward`, with equal weights.
+        forward: one pass of the model, in the precision of training.
 
     Source: `torch.optim.swa_utils.update_bn` (Izmailov et al. 2018).
     """
@@ -68,7 +68,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any
 
 
 class _Passes(nn.Module):
-    """A model that takes batches of any kind."""
+    """A model whose forward pass takes a batch of any kind."""
 
     def __init__(self, model: nn.Module, forward: Callable[[Any], Any]) -> None:
         super().__init__()

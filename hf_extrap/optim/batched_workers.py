@@ -21,25 +21,25 @@ Loss = Callable[[nn.Module, MicroBatch], Tensor]
 
 
 class BatchedWorkers:
-    """Plays K virtual workers at once, each at its own y, where a loop over them would leave the device idle.
+    """Computes K virtual workers at once, each at its own y, where a loop would leave the device idle.
 
     The pass is `torch.vmap` of loss and gradient over points and micro-batches, stacked along a new first dimension.
-    Where all workers share a point and nobody asks for their own gradients, weights are not stacked, and the pass is
-    that of one large batch. A step, instead of K rounds of probing, train and backward:
+    If all workers share a point and their own gradients are not needed, weights are not stacked, and the pass is that
+    of one large batch. A step, instead of K rounds of probing, train and backward:
 
         if optimizer.wants_probe:
             workers.probe(batches)
         losses = workers.backward(batches)
         optimizer.step()
 
-    Iterates are those of the loop up to rounding, but for dropout, whose masks are drawn for all workers at once: other
-    masks, of the same law. Both passes of a fresh step still see the same ones. BatchNorm normalises by each worker's
-    batch, and the first worker's counts.
+    Iterates equal those of the loop up to rounding, except with dropout, whose masks are drawn for all workers at once
+    from the same distribution. Both passes of a fresh step have the same masks. BatchNorm normalizes by each worker's
+    batch, and its running statistics are the first worker's.
 
     Args:
-        optimizer: whose `virtual_workers` are played.
-        model: holds the parameters; everything in its loss must have a batching rule.
-        loss: (model, micro-batch) → the worker's mean loss, a tensor of no dimension.
+        optimizer: its `virtual_workers` are computed.
+        model: holds the parameters; every operation of its loss must have a batching rule.
+        loss: (model, micro-batch) → the worker's mean loss, 0-dim.
 
     Raises:
         ValueError: for recurrent layers, which have no batching rule, or a GradScaler.
@@ -67,7 +67,7 @@ class BatchedWorkers:
         for worker in range(len(batches) if local else 1):
             of_worker = [_of_worker(g, worker) if local else _times(g, optimizer.loss_scale) for g in gradients]
             direction.put(worker, of_worker)
-            optimizer.note_probe(worker)
+            optimizer.in_progress.mark_probed(worker)
 
     def backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Take the gradients at y: their sum times `loss_scale` is added to `.grad`, and x is restored.
@@ -84,7 +84,7 @@ class BatchedWorkers:
         optimizer, scheme = self.optimizer, self.optimizer.scheme
         step = optimizer.step_count
         captures = scheme.needs_local_gradients(step)
-        # Spent directions are not written to again: their memory serves this pass.
+        # The pass needs the memory of spent directions, which are not written to again.
         scheme.release_buffers()
         try:
             points, stacked = self._points_of(len(batches), captures or optimizer.collect_statistics)
@@ -107,7 +107,7 @@ class BatchedWorkers:
         return losses
 
     def _points_of(self, count: int, apart: bool) -> tuple[list[Tensor], bool]:
-        """The workers' y, stacked where they differ or where each one's gradient is wanted (`apart`)."""
+        """The workers' y, stacked if they differ or if each one's gradient is needed (`apart`)."""
         optimizer, params = self.optimizer, self.optimizer.engine.params()
         differ = optimizer.config.is_local and optimizer.config.is_active(optimizer.step_count)
         for worker in range(count):
@@ -119,7 +119,7 @@ class BatchedWorkers:
         return [p.expand(count, *p.shape) if apart else p for p in params], apart
 
     def _room(self, index: int, param: Tensor, count: int) -> Tensor:
-        """Memory for a parameter's y of every worker, used again by every step."""
+        """Memory for every worker's y of a parameter, reused by every step."""
         room = self._rooms.get(index)
         if room is None or room.shape != (count, *param.shape) or room.dtype != param.dtype:
             room = self._rooms[index] = torch.empty((count, *param.shape), dtype=param.dtype, device=param.device)
@@ -179,7 +179,7 @@ class BatchedWorkers:
             gradients, losses = torch.vmap(grad_and_value(loss), randomness="different")(
                 used, rest, statistics, tensors
             )
-        # One layout, whatever the backward pass left: the last bit of a move depends on it, and saving changes it.
+        # One layout: the last bit of a move depends on it, and saving changes it.
         return losses, {name: g.contiguous() for name, g in gradients.items()}
 
     def _note_passes(self, gradients: list[Tensor]) -> None:
@@ -208,7 +208,7 @@ class _LossCall(nn.Module):
 
     @contextmanager
     def statistics_of_first(self, count: int) -> Iterator[Tensors]:
-        """What BatchNorm layers in training write to, by name and for each worker; the first one's is kept."""
+        """The running statistics of BatchNorm layers, by name and for each worker; the first worker's are kept."""
         layers = {id(m) for m in batch_norms(self.model) if m.training and m.track_running_stats}
         kept = {
             f"{prefix}.{name}": buffer
@@ -224,7 +224,7 @@ class _LossCall(nn.Module):
 
 
 def check_batchable(model: nn.Module) -> None:
-    """Refuse a model that is known to have no batching rule, with a ValueError."""
+    """Refuse a model without a batching rule, with a ValueError."""
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise ValueError(

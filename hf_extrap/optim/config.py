@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from .config_checks import (
+    Batch,
+    Direction,
+    DirectionDevice,
+    DirectionDtype,
+    Scaling,
+    Scope,
+    check_combination,
+    check_fields,
+)
 from .presets import PRESETS
-
-Direction = Literal["none", "gradient", "past_gradient", "past_update", "gaussian", "uniform"]
-Scope = Literal["local", "global"]
-Scaling = Literal["none", "norm", "layer", "filter", "adaptive", "step", "layer_step"]
-Batch = Literal["same", "independent"]
-DirectionDtype = Literal["float32", "bfloat16", "float16"]
-DirectionDevice = Literal["cpu"]
 
 STEP_SCALINGS: tuple[str, ...] = ("step", "layer_step")
 """Scalings by which the step size is a share of the last step of x."""
@@ -89,80 +91,8 @@ class ExtrapConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_fields()
-        self._check_combination()
-
-    def _check_fields(self) -> None:
-        for name, choices in (
-            ("direction", get_args(Direction)),
-            ("scope", get_args(Scope)),
-            ("scaling", get_args(Scaling)),
-            ("batch", get_args(Batch)),
-            ("direction_dtype", (None, *get_args(DirectionDtype))),
-            ("direction_device", (None, *get_args(DirectionDevice))),
-        ):
-            value = getattr(self, name)
-            self._check(name, (value is None or isinstance(value, str)) and value in choices, _listed(choices))
-        for name in ("ascent", "anneal", "precondition", "check_finite"):
-            self._check(name, isinstance(getattr(self, name), bool), "true, false")
-        self._check("swap", self.swap is None or isinstance(self.swap, bool), "true, false, none")
-        fraction, share, cap = self.batch_fraction, self.curvature_share, self.max_displacement
-        self._check("batch_fraction", _is_number(fraction) and 0 < fraction <= 1, "a number in (0, 1]")
-        self._check("curvature_share", _is_number(share) and 0 < share < 1, "a number in (0, 1)")
-        self._check("max_displacement", cap is None or (_is_number(cap) and cap > 0), "a number > 0, or none")
-        for name, least in (("probe_every", 1), ("start_step", 0), ("seed", 0)):
-            value = getattr(self, name)
-            self._check(name, _is_whole(value) and value >= least, f"a whole number >= {least}")
-        end = self.end_step
-        after_start = end is None or (_is_whole(end) and end > self.start_step)
-        self._check("end_step", after_start, f"a whole number > start_step ({self.start_step}), or none")
-        # A length of 0 is the base optimizer alone: allowed, as the end of a sweep.
-        for name, word in (("step_size", "auto"), ("step_ratio", None)):
-            value = getattr(self, name)
-            is_word = isinstance(value, str) and value == word
-            allowed = "a number >= 0" + (f" or {word!r}" if word else "")
-            self._check(name, value is None or is_word or (_is_number(value) and value >= 0), allowed)
-
-    def _check(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
-
-    def _check_combination(self) -> None:
-        if self.direction == "none":
-            if self.step_size is not None or self.step_ratio is not None:
-                raise ValueError("step_size and step_ratio need a direction, and direction is 'none'.")
-            return
-        if self.precondition and self.direction not in ("gradient", "past_gradient"):
-            raise ValueError(
-                f"precondition is true, and direction is {self.direction!r}; allowed: gradient, past_gradient (a "
-                "past_update is preconditioned already)."
-            )
-        if (self.step_size is None) == (self.step_ratio is None):
-            given = "neither" if self.step_size is None else "both"
-            raise ValueError(f"step_size and step_ratio: {given} given; allowed: exactly one of them.")
-        if self.scales_by_step and self.step_ratio is not None:
-            raise ValueError(
-                f"scaling is {self.scaling!r}, which follows the learning rate by itself, and step_ratio is "
-                f"{self.step_ratio}; allowed: step_size, a share of the last step."
-            )
-        if self.step_size == "auto":
-            self._check_auto()
-
-    def _check_auto(self) -> None:
-        if self.is_noise:
-            raise ValueError(f"step_size is 'auto', which cannot measure along {self.direction} noise; give a number.")
-        if self.direction_dtype in ("bfloat16", "float16"):
-            raise ValueError(
-                f"step_size is 'auto', which needs directions in full precision, not direction_dtype "
-                f"{self.direction_dtype!r}; allowed: float32, or none."
-            )
-        if self.scaling != "none":
-            raise ValueError(f"step_size is 'auto', which needs scaling 'none', not {self.scaling!r}.")
-        if self.is_fresh and (self.batch != "same" or self.batch_fraction != 1):
-            raise ValueError(
-                "step_size is 'auto', which compares two gradients of one batch: it needs batch 'same' and "
-                f"batch_fraction 1, not {self.batch!r} and {self.batch_fraction}."
-            )
+        check_fields(self)
+        check_combination(self)
 
     @property
     def moves(self) -> bool:
@@ -218,7 +148,7 @@ class ExtrapConfig:
             ValueError: for an unknown preset or field, or for fields that do not go together.
         """
         if name not in PRESETS:
-            raise ValueError(f"extrap preset is {name!r}; allowed: {_listed(PRESETS)}.")
+            raise ValueError(f"extrap preset is {name!r}; allowed: {', '.join(PRESETS)}.")
         fields = dict(PRESETS[name])
         if overrides.get("step_size") is not None or overrides.get("step_ratio") is not None:
             fields.pop("step_size", None)
@@ -232,7 +162,7 @@ class ExtrapConfig:
         """The configuration with these fields; an unknown one is a ValueError."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in fields if name not in known]:
-            raise ValueError(f"unknown extrap field {unknown[0]!r}; allowed: {_listed(known)}.")
+            raise ValueError(f"unknown extrap field {unknown[0]!r}; allowed: {', '.join(known)}.")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -272,21 +202,6 @@ class ExtrapConfig:
         path = Path(path)
         text = path.read_text(encoding="utf-8")
         return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
-
-
-def _is_number(value: object) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _listed(names: Any) -> str:
-    return ", ".join("none" if name is None else str(name) for name in names)
 
 
 def _mapping(value: object) -> dict[str, Any]:

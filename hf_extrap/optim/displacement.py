@@ -14,6 +14,7 @@ from .engines.base import Engine
 from .foreach import copy_, total_norm
 from .random import generator_for
 from .sharding import held
+from .stochastic_rounding import stochastic_round
 
 ABANDONED = -1
 """Marker: the parameters hold the extrapolated point of a step that was skipped."""
@@ -217,15 +218,3 @@ def displace(
             torch.addcmul(p, d.to(p.dtype), step.to(p), value=-1, out=y)
         else:
             torch.add(p, d if d.dtype == p.dtype else d.to(p.dtype), alpha=-step, out=y)
-
-
-def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16, up or down with the probabilities that make the expectation exact.
-
-    bfloat16 is the upper half of float32: random lower halves are added, and the lower half is cut off. Infinities and
-    NaNs pass unchanged.
-    """
-    bits = wide.view(torch.int32)
-    carry = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
-    rounded = bits.add(carry).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(torch.isfinite(wide), rounded, wide).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Post-local SGD: every worker steps its own copy of x, and the copies are averaged every H steps."""
+"""Post-local SGD: each worker steps its own copy of x, and the copies are averaged every H steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class LocalSGD(OptimizerWrapper):
-    """Steps like the base optimizer until `start`, then each worker by itself.
+    """Steps as the base optimizer until `start`; from then on each worker steps its own copy of x.
 
     The workers are the `virtual_workers` of this process, times the processes of torch.distributed if it is
     initialized. After `start` a training step is
@@ -36,10 +36,10 @@ class LocalSGD(OptimizerWrapper):
                                             # on leaving: its step, then back to x
         optimizer.step()                    # every local_steps times, x and all copies ← the mean of the copies
 
-    At rest the parameters are x, the mean as of the last averaging, bit-identical in all processes; `settle` makes them
-    the mean of the copies as they are now, for evaluations, without touching the copies. Each worker has an optimizer
-    state of its own (its momentum), which starts as a copy of the common one and is not averaged, and the groups'
-    current learning rate, unscaled. Memory: a copy of x and of the state for each virtual worker, and one more x.
+    Between steps the parameters hold x, the mean at the last averaging, bit-identical in all processes; `settle` sets
+    them to the current mean of the copies, for evaluations, and leaves the copies. Each worker has its own optimizer
+    state (its momentum), which starts as a copy of the common one and is not averaged, and uses the current learning
+    rate of the groups. Memory: a copy of x and of the state for each virtual worker, and one more x.
 
     Args:
         base: the optimizer that steps x, and the copies. Its groups and defaults are this one's, and so is its state,
@@ -76,11 +76,11 @@ class LocalSGD(OptimizerWrapper):
         self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, at rest the first worker's; `local_state_dict` has the others'."""
+        """The base optimizer's, which is the first worker's; `local_state_dict` has the others'."""
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; workers that differ are gone until `start` or `load_local_state_dict`."""
+        """Load what `state_dict` returned; local steps end until `start` or `load_local_state_dict`."""
         self.stop()
         self.base.load_state_dict(state_dict)
 
@@ -88,7 +88,7 @@ class LocalSGD(OptimizerWrapper):
 
     @property
     def is_local(self) -> bool:
-        """Whether workers step by themselves."""
+        """Whether each worker steps its own copy."""
         return bool(self._copies)
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class LocalSGD(OptimizerWrapper):
         self._states = [self.base.state, *(_copied(self.base.state) for _ in self._copies[1:])]
 
     def stop(self) -> None:
-        """Go back to common steps from x, with the first worker's state; `average` first to lose nothing."""
+        """End local steps; x and the first worker's state remain. Call `average` before, to keep the others' steps."""
         self._copies = []
         self._states = []
         self._fields = None
@@ -125,7 +125,7 @@ class LocalSGD(OptimizerWrapper):
             ValueError: for a worker that this process does not have.
         """
         if not self.is_local:
-            raise RuntimeError("workers step by themselves only after start().")
+            raise RuntimeError("worker(k) was called before start(); allowed: after it.")
         if not 0 <= worker < self.virtual_workers:
             raise ValueError(f"worker is {worker}; allowed: 0 to {self.virtual_workers - 1} (virtual_workers).")
         params, own = self._params(), self._copies[worker]
@@ -221,7 +221,7 @@ class LocalSGD(OptimizerWrapper):
         self.start()
         if (len(workers), processes) != (self.virtual_workers, rank_and_world_size()[1]):
             logger.warning(
-                "the checkpoint's local steps had %d × %d workers and this run has %d × %d: all go on with the first "
+                "the checkpoint's local steps had %d × %d workers and this run has %d × %d: all start with the first "
                 "one's optimizer state",
                 processes,
                 len(workers),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .batch_norm import running_statistics_kept
 from .engines.base import Engine
 from .scheme import Scheme
+
+if TYPE_CHECKING:
+    from .extrapolated import Extrapolated
 
 
 @contextmanager
@@ -80,3 +83,13 @@ def _without_averaging(model: nn.Module | None, local: bool) -> AbstractContextM
 def scaled(gradients: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
     """Each gradient times a factor."""
     return [g if g is None or factor == 1 else g * factor for g in gradients]
+
+
+@torch.enable_grad()
+def evaluate(optimizer: Extrapolated, closure: Callable[[], Any]) -> Any:
+    """The loss of a closure at y; where the step probes, it is evaluated at x first."""
+    if optimizer.wants_probe:
+        with optimizer.probing():
+            closure()
+    optimizer.train()
+    return closure()

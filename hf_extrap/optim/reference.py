@@ -1,4 +1,4 @@
-"""The textbook: one step of the algorithm after the other, tensor by tensor. Slow, and imported by the tests alone."""
+"""The textbook algorithm, tensor by tensor: slow, and imported by the tests alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Noise = Callable[[int, int], Point]
 
 @dataclass
 class Trajectory:
-    """What the run went through: x_0 … x_T; y and η by step and worker; L̂ by worker (one for all in global scope)."""
+    """Iterates x_0 … x_T; y and η by step and worker; L̂ by worker (one for all in global scope)."""
 
     x: list[Point] = field(default_factory=list)
     y: list[list[Point]] = field(default_factory=list)
@@ -51,11 +51,11 @@ def extrapolate(
     """Run x_{t+1} = Base(x_t, ḡ_t) with ḡ_t = (1/K) Σ_k ∇f_k(y_t^k; ξ_t^k) and y_t^k = x_t ∓ η_t S(d_t^k, x_t).
 
     Args:
-        x_0: the starting point, any shapes and float types; left as it is.
+        x_0: the starting point, any shapes and float types; not changed.
         losses: f_1 … f_K, one a worker.
-        base: makes the base optimizer from the parameters (in as many groups as it likes).
+        base: makes the base optimizer from the parameters, in any number of groups.
         config: the scheme.
-        steps: how many steps to try; a skipped one counts.
+        steps: number of steps, skipped ones included.
         schedule: makes a learning-rate scheduler from the base optimizer.
         max_grad_norm: clip ḡ_t to this norm.
         noise: the noise of the noise directions; drawn here from `config.seed` if None.
@@ -201,7 +201,7 @@ def _mean(g: list[Gradient]) -> Gradient:
 
 
 def _seen_by_workers(g: list[Gradient], config: ExtrapConfig, x: Point) -> list[Point]:
-    """What each worker knows of the gradients: its own in local scope, the average in global scope."""
+    """Each worker's own gradient in local scope, the average in global scope."""
     return [_filled(v, x) for v in (g if config.is_local else [_mean(g)] * len(g))]
 
 

@@ -62,6 +62,11 @@ class Scheme:
         """Whether each worker's own gradient of a step is kept: as its next direction, or to compare."""
         return self.direction.keeps_local_gradient(step) or (self.direction.local and self.measures_curvature(step))
 
+    def needs_averaged_gradient(self, step: int) -> bool:
+        """Whether the averaged gradient of a step is kept: as the next direction, or to compare."""
+        compares = self.measures_curvature(step) and not self.direction.local
+        return compares or self.direction.keeps_averaged_gradient(step)
+
     def extrapolate(self, worker: int, step: int, noted: StepStatistics | None, keep_direction: bool = False) -> None:
         """Move the parameters from x to the worker's y = x − η · S(d, x), or to x while d is cold.
 

@@ -10,11 +10,35 @@ import torch
 from torch import Tensor
 
 from .distributed import rank_and_world_size
+from .sharding import held
 
 if TYPE_CHECKING:
     from .extrapolated import Extrapolated
 
 logger = logging.getLogger(__name__)
+
+
+def state_dict(optimizer: Extrapolated) -> dict[str, Any]:
+    """The base optimizer's state dict, and under `extrap` what the wrapper adds: tensors and numbers only.
+
+    Directions that differ between processes are not in it: each process saves its own `local_state_dict`.
+    """
+    optimizer.restore()
+    return {**optimizer.base.state_dict(), "extrap": shared_state(optimizer)}
+
+
+def load_state_dict(optimizer: Extrapolated, state_dict: dict[str, Any]) -> None:
+    """Load what `state_dict` returned, or the base optimizer's state alone, with which directions start cold.
+
+    Raises:
+        ValueError: for a state of another model or a malformed one, before anything is loaded.
+    """
+    added = state_dict.get("extrap", {})
+    check_shared_state(optimizer, added)
+    optimizer.restore()
+    optimizer.reset_step()
+    optimizer.base.load_state_dict({name: value for name, value in state_dict.items() if name != "extrap"})
+    load_shared_state(optimizer, added)
 
 
 def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
@@ -55,8 +79,8 @@ def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
         _load_directions(optimizer, state["local"])
 
 
-def local_state(optimizer: Extrapolated) -> dict[str, Any]:
-    """All that one process needs, also where its engine saves nothing of this wrapper.
+def local_state_dict(optimizer: Extrapolated) -> dict[str, Any]:
+    """This process's own part, for `load_local_state_dict`: all that it needs, even if its engine saves nothing.
 
     Returns:
         `owner` and `progress`, which JSON can hold, and groups of named tensors: `directions` by `worker.parameter`
@@ -70,16 +94,19 @@ def local_state(optimizer: Extrapolated) -> dict[str, Any]:
     }
 
 
-def load_local_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
-    """The inverse of `local_state`; another owner's directions are left out, with a warning."""
-    _check_directions(optimizer, state, "the local state")
-    if "progress" in state:
-        _check_progress(state["progress"], "progress.")
-        _load_progress(optimizer, state["progress"])
-        lengths = state["last_step"].get("lengths")
+def load_local_state_dict(optimizer: Extrapolated, state_dict: dict[str, Any]) -> None:
+    """Load what `local_state_dict` returned.
+
+    Directions of another scheme, world size or number of virtual workers are left out, with a warning, and start cold.
+    """
+    _check_directions(optimizer, state_dict, "the local state")
+    if "progress" in state_dict:
+        _check_progress(state_dict["progress"], "progress.")
+        _load_progress(optimizer, state_dict["progress"])
+        lengths = state_dict["last_step"].get("lengths")
         device = optimizer.engine.params()[0].device
         optimizer.scheme.last_step.lengths = None if lengths is None else lengths.to(device, copy=True)
-    _load_directions(optimizer, state)
+    _load_directions(optimizer, state_dict)
 
 
 def _progress(optimizer: Extrapolated) -> dict[str, Any]:
@@ -163,7 +190,17 @@ def _check_directions(optimizer: Extrapolated, state: Any, where: str) -> None:
     if state["owner"] != _owner(optimizer):
         # They will not be used.
         return
-    optimizer.scheme.direction.check_state_dict(state["directions"], optimizer.virtual_workers)
+    params, workers = optimizer.engine.params(), optimizer.virtual_workers
+    for name, saved in state["directions"].items():
+        worker, _, index = str(name).partition(".")
+        if not (worker.isdigit() and index.isdigit() and int(worker) < workers):
+            raise ValueError(f"a saved direction is {name!r}; allowed: WORKER.PARAMETER, worker < {workers}.")
+        shape = getattr(saved, "shape", None)
+        if int(index) >= len(params) or shape != held(params[int(index)]).shape:
+            raise ValueError(
+                f"the saved direction of parameter {index} has shape {shape and tuple(shape)}, which no parameter of "
+                "this optimizer has in that place: the checkpoint belongs to another model."
+            )
     for worker, value in state["curvature"].items():
         is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         _check(str(worker).isdigit() and is_number, f"{where}.curvature.{worker}", value, "a number of a worker")

@@ -19,56 +19,73 @@ class StepInProgress:
     """The state of a step, which is never saved.
 
     Attributes:
+        number: of the step, counted from 0.
+        scheme: of the optimizer.
+        engine: holds the parameters.
+        scale: of the loss.
         worker: the current virtual worker.
         probed: workers with a fresh direction; 0 in global scope.
         is_probed: whether `probing` came last, so that `train` comes next.
         is_observed: whether the averaged gradient has been observed.
+        keeps_directions: whether the directions are used again.
         statistics: noted during the step, if any are collected.
     """
 
+    number: int
+    scheme: Scheme
+    engine: Engine
+    scale: LossScale
     worker: int = 0
     probed: set[int] = field(default_factory=set)
     is_probed: bool = False
     is_observed: bool = False
+    keeps_directions: bool = False
     statistics: StepStatistics = field(default_factory=StepStatistics)
 
+    def select(self, worker: int | None, virtual_workers: int) -> int:
+        """Make a virtual worker the current one; returns the number under which its direction is kept."""
+        if worker is not None:
+            if not 0 <= worker < virtual_workers:
+                raise ValueError(f"worker is {worker}; allowed: 0 to {virtual_workers - 1} (virtual_workers).")
+            self.worker = worker
+        return self.worker if self.scheme.direction.local else 0
 
-def observe(
-    step: StepInProgress,
-    number: int,
-    scheme: Scheme,
-    engine: Engine,
-    gradients: Sequence[Tensor | None],
-    clipped: bool,
-    loss_scale: LossScale | None,
-) -> None:
-    """Observe the averaged gradient once per step: the curvature of global scope, and statistics.
+    def mark_probed(self, worker: int) -> None:
+        """Note that a fresh direction has been stored for a worker (0 in global scope)."""
+        self.probed.add(worker)
+        self.is_probed = True
 
-    Args:
-        step: the step in progress.
-        number: of the step, counted from 0.
-        scheme: measures the curvature.
-        engine: may have clipped the gradient.
-        gradients: the averaged gradient ḡ.
-        clipped: whether ḡ may have been clipped since the backward pass.
-        loss_scale: of the statistics; None to collect none.
-    """
-    if step.is_observed:
-        return
-    step.is_observed = True
-    if scheme.measures_curvature(number) and not scheme.direction.local and 0 in step.probed:
-        factor = _clipping(scheme, engine, gradients) if clipped else 1.0
-        scheme.measure_curvature(0, [g if g is None else g / factor for g in gradients])
-    if loss_scale is not None:
-        compared = scheme.direction.compared(scheme.local_gradients)
-        step.statistics.note_gradient(gradients, engine.gradient_norm(), compared)
-        if squares := scheme.hooks.pass_squares:
-            step.statistics.note_passes(squares, loss_scale.current())
+    def was_abandoned(self) -> bool:
+        """Whether the step's gradients are gone, or its loss scale has dropped since it began."""
+        if not self.scheme.hooks.seen:
+            return False
+        # DeepSpeed keeps gradients elsewhere, and reports a step that it skips.
+        are_gone = not self.engine.steps_inside and all(p.grad is None for p in self.engine.params())
+        return are_gone or self.scale.has_dropped()
 
+    def observe(self, gradients: Sequence[Tensor | None], clipped: bool, collects: bool) -> None:
+        """Observe the averaged gradient once: the curvature of global scope, and statistics.
 
-def _clipping(scheme: Scheme, engine: Engine, gradients: Sequence[Tensor | None]) -> float | Tensor:
-    """The factor by which clipping has multiplied the averaged gradient."""
-    if not engine.steps_inside:
-        return clipping_factor(gradients, scheme.local_gradients.of(0))
-    norm = engine.gradient_norm()
-    return ratio(total_norm([g for g in gradients if g is not None]), norm) if norm else 1.0
+        Args:
+            gradients: the averaged gradient ḡ.
+            clipped: whether ḡ may have been clipped since the backward pass.
+            collects: whether to note statistics.
+        """
+        if self.is_observed:
+            return
+        self.is_observed, scheme = True, self.scheme
+        if scheme.measures_curvature(self.number) and not scheme.direction.local and 0 in self.probed:
+            factor = self._clipping(gradients) if clipped else 1.0
+            scheme.measure_curvature(0, [g if g is None else g / factor for g in gradients])
+        if collects:
+            compared = scheme.direction.compared(scheme.local_gradients)
+            self.statistics.note_gradient(gradients, self.engine.gradient_norm(), compared)
+            if squares := scheme.hooks.pass_squares:
+                self.statistics.note_passes(squares, self.scale.current())
+
+    def _clipping(self, gradients: Sequence[Tensor | None]) -> float | Tensor:
+        """The factor by which clipping has multiplied the averaged gradient."""
+        if not self.engine.steps_inside:
+            return clipping_factor(gradients, self.scheme.local_gradients.of(0))
+        norm = self.engine.gradient_norm()
+        return ratio(total_norm([g for g in gradients if g is not None]), norm) if norm else 1.0

@@ -15,7 +15,12 @@ Gradient = Sequence[Tensor | None]
 
 
 class StepStatistics:
-    """Tensors noted during a step, read by the host once, at its end."""
+    """Tensors noted during a step, read by the host once, at its end.
+
+    `displacement_norm` (‖x − y‖), `step_length` (‖Δx‖), `step_size` (η), `direction_cosine` (of the local direction and
+    the averaged gradient), `gradient_square` (‖ḡ‖²), `pass_square` (mean of ‖g‖² over this process's passes, each in
+    the units of the mean loss) and `passes`.
+    """
 
     def __init__(self) -> None:
         self._noted: dict[str, list[Tensor]] = {}

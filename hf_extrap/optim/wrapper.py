@@ -56,5 +56,13 @@ class OptimizerWrapper(Optimizer):
         """Add a group to the base optimizer."""
         self.base.add_param_group(param_group)
 
+    def train_base(self) -> None:
+        """Put a base optimizer that has modes, such as a schedule-free one, into its training mode."""
+        if hasattr(self.base, "train"):
+            self.base.train()
+
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"

@@ -147,28 +147,6 @@ class Direction:
             if d is not None
         }
 
-    def check_state_dict(self, state: Any, workers: int) -> None:
-        """Refuse what `state_dict` of this model cannot have returned.
-
-        Args:
-            state: by `worker.parameter`.
-            workers: of this process.
-
-        Raises:
-            ValueError: in one sentence that names the entry.
-        """
-        params = self._engine.params()
-        for name, saved in state.items():
-            worker, _, index = str(name).partition(".")
-            if not (worker.isdigit() and index.isdigit() and int(worker) < workers):
-                raise ValueError(f"a saved direction is {name!r}; allowed: WORKER.PARAMETER, worker < {workers}.")
-            shape = getattr(saved, "shape", None)
-            if int(index) >= len(params) or shape != held(params[int(index)]).shape:
-                raise ValueError(
-                    f"the saved direction of parameter {index} has shape {shape and tuple(shape)}, which no parameter "
-                    "of this optimizer has in that place: the checkpoint belongs to another model."
-                )
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         params = self._engine.params()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,15 +35,9 @@ def check_arguments(base: Any, config: ExtrapConfig, virtual_workers: Any) -> No
     check_params([p for group in base.param_groups for p in group["params"]], config)
 
 
-def check_params(params: Iterable[Tensor], config: ExtrapConfig, first: int = 0) -> None:
-    """Refuse parameters that cannot be moved, with a ValueError.
-
-    Args:
-        params: of the base optimizer.
-        config: the scheme.
-        first: number of the first parameter, for the error.
-    """
-    for place, p in enumerate(params if config.moves else (), start=first):
+def check_params(params: Sequence[Tensor], config: ExtrapConfig) -> None:
+    """Refuse parameters that cannot be moved, with a ValueError."""
+    for place, p in enumerate(params if config.moves else ()):
         if p.is_complex():
             raise ValueError(f"parameter {place} is {p.dtype}; allowed: real parameters, or direction 'none'.")
         if not isinstance(p, DTensor) and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
