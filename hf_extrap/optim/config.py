@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config_checks import (
+    STEP_SCALINGS,
     Batch,
     Direction,
     DirectionDevice,
@@ -19,9 +20,6 @@ from .config_checks import (
     check_fields,
 )
 from .presets import PRESETS
-
-STEP_SCALINGS: tuple[str, ...] = ("step", "layer_step")
-"""Scalings by which the step size is a share of the last step of x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +89,8 @@ class ExtrapConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_combination(self)
+        check_fields(vars(self))
+        check_combination(vars(self))
 
     @property
     def moves(self) -> bool:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .extrapolated import Extrapolated
+from .protocol import ExtrapolatedOptimizer
 
 
 class EngineSteps:
@@ -17,7 +14,7 @@ class EngineSteps:
         optimizer: connected to the engine.
     """
 
-    def __init__(self, optimizer: Extrapolated) -> None:
+    def __init__(self, optimizer: ExtrapolatedOptimizer) -> None:
         self._optimizer = optimizer
 
     def before(self, ends: bool) -> None:
@@ -40,7 +37,7 @@ class EngineSteps:
         optimizer.end_step([p.requires_grad for p in optimizer.engine.leaves()])
 
 
-def step_part(optimizer: Extrapolated) -> None:
+def step_part(optimizer: ExtrapolatedOptimizer) -> None:
     """The base optimizer's step with the groups that the engine has put into it."""
     if optimizer.collect_statistics or optimizer.scheme.needs_averaged_gradient(optimizer.step_count):
         optimizer.engine.collect([p for group in optimizer.param_groups for p in group["params"]])

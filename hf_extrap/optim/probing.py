@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch_norm import running_statistics_kept
 from .engines.base import Engine
+from .protocol import ExtrapolatedOptimizer
 from .scheme import Scheme
-
-if TYPE_CHECKING:
-    from .extrapolated import Extrapolated
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def scaled(gradients: Sequence[Tensor | None], factor: float) -> list[Tensor | N
 
 
 @torch.enable_grad()
-def evaluate(optimizer: Extrapolated, closure: Callable[[], Any]) -> Any:
+def evaluate(optimizer: ExtrapolatedOptimizer, closure: Callable[[], Any]) -> Any:
     """The loss of a closure at y; where the step probes, it is evaluated at x first."""
     if optimizer.wants_probe:
         with optimizer.probing():

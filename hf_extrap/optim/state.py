@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed import rank_and_world_size
+from .protocol import ExtrapolatedOptimizer
 from .sharding import held
-
-if TYPE_CHECKING:
-    from .extrapolated import Extrapolated
 
 logger = logging.getLogger(__name__)
 
 
-def state_dict(optimizer: Extrapolated) -> dict[str, Any]:
+def state_dict(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     """The base optimizer's state dict, and under `extrap` what the wrapper adds: tensors and numbers only.
 
     Directions that differ between processes are not in it: each process saves its own `local_state_dict`.
@@ -27,7 +25,7 @@ def state_dict(optimizer: Extrapolated) -> dict[str, Any]:
     return {**optimizer.base.state_dict(), "extrap": shared_state(optimizer)}
 
 
-def load_state_dict(optimizer: Extrapolated, state_dict: dict[str, Any]) -> None:
+def load_state_dict(optimizer: ExtrapolatedOptimizer, state_dict: dict[str, Any]) -> None:
     """Load what `state_dict` returned, or the base optimizer's state alone, with which directions start cold.
 
     Raises:
@@ -41,7 +39,7 @@ def load_state_dict(optimizer: Extrapolated, state_dict: dict[str, Any]) -> None
     load_shared_state(optimizer, added)
 
 
-def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
+def shared_state(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     """What is the same in every process; with the directions where every process has the same."""
     return {
         **_progress(optimizer),
@@ -50,7 +48,7 @@ def shared_state(optimizer: Extrapolated) -> dict[str, Any]:
     }
 
 
-def check_shared_state(optimizer: Extrapolated, state: Any) -> None:
+def check_shared_state(optimizer: ExtrapolatedOptimizer, state: Any) -> None:
     """Refuse what `shared_state` of this model cannot have returned; an empty state is a base optimizer's alone.
 
     Raises:
@@ -68,7 +66,7 @@ def check_shared_state(optimizer: Extrapolated, state: Any) -> None:
         _check_directions(optimizer, local, "extrap.local")
 
 
-def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+def load_shared_state(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) -> None:
     """The inverse of `shared_state`; with an empty one directions start cold."""
     _load_progress(optimizer, state)
     scheme = optimizer.scheme
@@ -79,7 +77,7 @@ def load_shared_state(optimizer: Extrapolated, state: dict[str, Any]) -> None:
         _load_directions(optimizer, state["local"])
 
 
-def local_state_dict(optimizer: Extrapolated) -> dict[str, Any]:
+def local_state_dict(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     """This process's own part, for `load_local_state_dict`: all that it needs, even if its engine saves nothing.
 
     Returns:
@@ -94,7 +92,7 @@ def local_state_dict(optimizer: Extrapolated) -> dict[str, Any]:
     }
 
 
-def load_local_state_dict(optimizer: Extrapolated, state_dict: dict[str, Any]) -> None:
+def load_local_state_dict(optimizer: ExtrapolatedOptimizer, state_dict: dict[str, Any]) -> None:
     """Load what `local_state_dict` returned.
 
     Directions of another scheme, world size or number of virtual workers are left out, with a warning, and start cold.
@@ -109,7 +107,7 @@ def load_local_state_dict(optimizer: Extrapolated, state_dict: dict[str, Any]) -
     _load_directions(optimizer, state_dict)
 
 
-def _progress(optimizer: Extrapolated) -> dict[str, Any]:
+def _progress(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     return {
         "step_count": optimizer.step_count,
         "skipped_steps": optimizer.skipped_steps,
@@ -117,13 +115,13 @@ def _progress(optimizer: Extrapolated) -> dict[str, Any]:
     }
 
 
-def _load_progress(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+def _load_progress(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) -> None:
     optimizer.step_count = int(state.get("step_count", 0))
     optimizer.skipped_steps = int(state.get("skipped_steps", 0))
     optimizer.scheme.step_size.peak_lr = [float(rate) for rate in state.get("peak_lr", [])]
 
 
-def _directions(optimizer: Extrapolated) -> dict[str, Any]:
+def _directions(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     scheme = optimizer.scheme
     return {
         "owner": _owner(optimizer),
@@ -132,7 +130,7 @@ def _directions(optimizer: Extrapolated) -> dict[str, Any]:
     }
 
 
-def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
+def _load_directions(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) -> None:
     owner, scheme = _owner(optimizer), optimizer.scheme
     scheme.step_size.curvature = {}
     if state["owner"] != owner:
@@ -151,12 +149,12 @@ def _load_directions(optimizer: Extrapolated, state: dict[str, Any]) -> None:
     }
 
 
-def _is_own(optimizer: Extrapolated) -> bool:
+def _is_own(optimizer: ExtrapolatedOptimizer) -> bool:
     """Whether directions are each process's own."""
     return optimizer.engine.is_sharded or (optimizer.config.is_local and rank_and_world_size()[1] > 1)
 
 
-def _owner(optimizer: Extrapolated) -> dict[str, Any]:
+def _owner(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     """Which run can use these directions: global ones of whole parameters fit any number of workers."""
     owner: dict[str, Any] = {"direction": optimizer.config.direction, "scope": optimizer.config.scope}
     if optimizer.config.is_local:
@@ -183,7 +181,7 @@ def _check_progress(state: Any, where: str) -> None:
     _check(is_list, where + "peak_lr", rates, "a list of numbers")
 
 
-def _check_directions(optimizer: Extrapolated, state: Any, where: str) -> None:
+def _check_directions(optimizer: ExtrapolatedOptimizer, state: Any, where: str) -> None:
     _check(isinstance(state, Mapping), where, state, "a mapping")
     for name in ("owner", "directions", "curvature"):
         _check(isinstance(state.get(name), Mapping), f"{where}.{name}", state.get(name), "a mapping")
