@@ -58,6 +58,7 @@ class Extrapolated(OptimizerWrapper):
         skipped_steps: steps skipped for an overflow or a gradient that is not finite.
         collect_statistics: whether the next step fills `statistics`.
         statistics: of the last step that collected any; see `StepStatistics`.
+        is_resumed: whether a state has been loaded.
         engine, scheme, in_progress: holder of the parameters; direction, scaling and step size; state of the step.
 
     Source: Lin, Kong, Stich, Jaggi, "Extrapolation for Large-batch Training in Deep Learning", ICML 2020.
@@ -70,7 +71,7 @@ class Extrapolated(OptimizerWrapper):
         self.base, self.config, self.virtual_workers, self.grad_scaler = base, config, virtual_workers, grad_scaler
         self.loss_scale = 1 / virtual_workers
         self.step_count = self.skipped_steps = 0
-        self.collect_statistics = False
+        self.collect_statistics = self.is_resumed = False
         self.statistics: dict[str, float] = {}
         self._assemble(Engine(base))
         self._given = [weakref.ref(p) for p in self._params()]
@@ -85,7 +86,7 @@ class Extrapolated(OptimizerWrapper):
         self._given = []
 
     def connect(self, model: nn.Module) -> None:
-        """Set the engine that holds the parameters, before training and before a state is loaded.
+        """Set the engine that holds the parameters, before training; a state may be loaded before or after.
 
         Args:
             model: what `deepspeed.initialize` returned, with this optimizer as its client optimizer, or a module after
@@ -93,11 +94,14 @@ class Extrapolated(OptimizerWrapper):
         """
         if self.scheme.hooks.seen or self.scheme.displacement.worker is not None:
             raise RuntimeError("connect was called in the middle of a step; allowed: between two steps.")
+        if not self.is_resumed:
+            # Some engines take a step without gradients when they start.
+            self.step_count = self.skipped_steps = 0
+        before = self.scheme
         self._assemble(engine_of(model, self.base))
+        self.scheme.take_over(before)
         steps = EngineSteps(self)
         self.engine.follow(steps.before, steps.after)
-        # Some engines take a step without gradients when they start.
-        self.step_count = self.skipped_steps = self.in_progress.number = 0
 
     # Before the gradient at y
 

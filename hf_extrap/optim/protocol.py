@@ -24,6 +24,7 @@ class ExtrapolatedOptimizer(Protocol):
     step_count: int
     skipped_steps: int
     collect_statistics: bool
+    is_resumed: bool
     engine: Engine
     scheme: Scheme
 

@@ -155,6 +155,12 @@ class Scheme:
             seen = self.preconditioner.in_metric(change, 0.5)
             self.step_size.measure(worker, total_norm(list(seen.values())), self._distances[worker])
 
+    def take_over(self, other: Scheme) -> None:
+        """Take what a scheme of the same configuration keeps between steps."""
+        self.direction.store.update(other.direction.store)
+        self.step_size.peak_lr, self.step_size.curvature = other.step_size.peak_lr, other.step_size.curvature
+        self.last_step.lengths = other.last_step.lengths
+
     def held(self) -> dict[str, list[Tensor]]:
         """The memory of this process: `x` of displaced parameters, `directions` with local gradients and free buffers,
         and what is kept on the `host`."""

@@ -59,9 +59,8 @@ def check_shared_state(optimizer: ExtrapolatedOptimizer, state: Any) -> None:
         return
     _check_progress(state, "extrap.")
     last_step, local = state.get("last_step"), state.get("local")
-    size = len(optimizer.engine.params())
-    fits = last_step is None or (isinstance(last_step, Tensor) and last_step.dim() == 1 and len(last_step) <= size)
-    _check(fits, "extrap.last_step", last_step, f"one length for each of {size} parameters, or none")
+    is_list = isinstance(last_step, Tensor) and last_step.dim() == 1
+    _check(last_step is None or is_list, "extrap.last_step", last_step, "a length for each parameter, or none")
     if local is not None:
         _check_directions(optimizer, local, "extrap.local")
 
@@ -69,7 +68,7 @@ def check_shared_state(optimizer: ExtrapolatedOptimizer, state: Any) -> None:
 def load_shared_state(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) -> None:
     """The inverse of `shared_state`; with an empty one directions start cold."""
     _load_progress(optimizer, state)
-    scheme = optimizer.scheme
+    optimizer.is_resumed, scheme = bool(state), optimizer.scheme
     scheme.last_step.lengths = state.get("last_step")
     scheme.direction.start_cold(warn=True)
     scheme.step_size.curvature = {}
