@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -185,29 +186,28 @@ def plan_tables(parameters: int, ranks: Sequence[int], node: int = 8) -> str:
 
     A cell is what the engine has alone + what the preset adds; presets with the same cells share a row.
     """
+
+    def cells(engine: str, preset: str, k: int) -> tuple[str, ...]:
+        try:
+            base, extra = communication(engine, preset, parameters, k, node=node)
+        except ValueError:
+            return "refused", "refused"
+        held = memory(engine, preset, parameters, k, node=node)
+        added = held["x"] + held["directions"]
+        pairs = ((sent(base), sent(extra)), (sum(held.values()) - added, added))
+        return tuple(f"{own / 1e9:.3g}" + (f" + {more / 1e9:.3g}" if more else "") for own, more in pairs)
+
     tables: tuple[dict[tuple[str, ...], list[str]], ...] = ({}, {})
-    for engine, name in ENGINES.items():
-        for preset in PRESETS:
-            cells = [_plan_cells(engine, preset, parameters, k, node) for k in ranks]
-            for table, row in zip(tables, zip(*cells, strict=True), strict=True):
-                table.setdefault((name, *row), []).append(f"`{preset}`")
+    for engine, preset in itertools.product(ENGINES, PRESETS):
+        columns = [cells(engine, preset, k) for k in ranks]
+        for table, row in zip(tables, zip(*columns, strict=True), strict=True):
+            table.setdefault((ENGINES[engine], *row), []).append(f"`{preset}`")
     head = ["engine", "preset", *(f"K = {k:,}" for k in ranks)]
     parts = []
     for title, table in zip(("GB sent per rank and step:", "GB held per rank:"), tables, strict=True):
         rows = [[name, ", ".join(presets), *row] for (name, *row), presets in table.items()]
         parts += [title, tabulate(rows, head, tablefmt="pipe", disable_numparse=True)]
     return "\n\n".join(parts)
-
-
-def _plan_cells(engine: str, preset: str, parameters: int, ranks: int, node: int) -> tuple[str, ...]:
-    try:
-        base, extra = communication(engine, preset, parameters, ranks, node=node)
-    except ValueError:
-        return "refused", "refused"
-    held = memory(engine, preset, parameters, ranks, node=node)
-    added = held["x"] + held["directions"]
-    pairs = ((sent(base), sent(extra)), (sum(held.values()) - added, added))
-    return tuple(f"{own / 1e9:.3g}" + (f" + {more / 1e9:.3g}" if more else "") for own, more in pairs)
 
 
 def measure(variant: str, workers: int, steps: int = 3, width: int = 512, batch: int = 8) -> dict[str, Any]:
@@ -228,8 +228,10 @@ def measure(variant: str, workers: int, steps: int = 3, width: int = 512, batch:
     Raises:
         RuntimeError: if the process fails.
     """
-    cell = ["cell", variant, *map(str, (workers, steps, width, batch))]
-    timed, spared = (_in_process(cell, environment) for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}))
+    timed, spared = (
+        _in_process(["cell", variant, *map(str, (workers, steps, width, batch))], environment)
+        for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    )
     return {**timed, "peak_bytes": spared["peak_bytes"], "default_peak_bytes": timed["peak_bytes"]}
 
 
@@ -299,18 +301,17 @@ def simulation_tables(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown tables of seconds and MB by variant and K, with fitted lines, and MB held at the largest K."""
     seconds, peaks = [], []
     for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
-        heads, peak = [f"K = {k}" for k in own["workers"]], own["peak_bytes"] / 1e6
-        a, b = line(own["workers"], own["seconds"])
-        cells = dict(zip(heads, own["seconds"].map("{:.3f}".format), strict=True))
-        seconds.append({"s a step": variant, **cells, "ms + ms · K": f"{1e3 * a:.1f} + {1e3 * b:.2f} · K"})
+        heads, peak, held = [f"K = {k}" for k in own["workers"]], own["peak_bytes"] / 1e6, own["held"].iloc[-1]
+        a, b = line(own["workers"], 1e3 * own["seconds"])
+        seconds.append([variant, *own["seconds"].map("{:.3f}".format), f"{a:.1f} + {b:.2f} · K"])
         a, b = line(own["workers"], peak)
-        cells = dict(zip(heads, peak.map("{:,.0f}".format), strict=True))
-        held = own["held"].iloc[-1]
-        device, host = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
-        fitted = {"MB + MB · K": f"{a:.0f} + {b:.2f} · K"}
-        peaks.append({"peak, MB": variant, **cells, **fitted, "held": device, "on the host": host})
-    tables = (tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (seconds, peaks))
-    return "\n\n".join(tables)
+        held = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
+        peaks.append([variant, *peak.map("{:,.0f}".format), f"{a:.0f} + {b:.2f} · K", *held])
+    tables = {
+        ("s a step", *heads, "ms + ms · K"): seconds,
+        ("peak, MB", *heads, "MB + MB · K", "held", "on the host"): peaks,
+    }
+    return "\n\n".join(tabulate(table, head, "pipe", disable_numparse=True) for head, table in tables.items())
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -18,14 +18,6 @@ from hf_extrap.lab.study.plan import Cell, Plan, Row
 from hf_extrap.lab.study.pool import quiet, start, stop
 from hf_extrap.lab.study.specification import Study, read_study
 
-LOST: Row = {
-    "status": "failed",
-    "message": "a process of the study was killed",
-    "wall_clock_seconds": 0.0,
-    "configuration": {},
-}
-"""What the row of a run holds whose process was killed."""
-
 
 def run_study(
     study: str | Path | Study,
@@ -125,9 +117,8 @@ class _Runner:
         return bool(self.running)
 
     def _ends_in_time(self, cell: Cell) -> bool:
-        if self.deadline is None:
-            return True
-        return time.time() + (expected_seconds(cell, list(self.rows.values())) or 0.0) <= self.deadline
+        expected = expected_seconds(cell, list(self.rows.values())) or 0.0
+        return self.deadline is None or time.time() + expected <= self.deadline
 
     def _keep(self, future: Future[Any], console: Console) -> None:
         """Record a run that ended."""
@@ -135,7 +126,8 @@ class _Runner:
         try:
             row, history = future.result()
         except BrokenExecutor:
-            row, history = cell.identity | LOST, []
+            lost = {"status": "failed", "message": "a process of the study was killed", "wall_clock_seconds": 0.0}
+            row, history = cell.identity | lost | {"configuration": {}}, []
         self.folder.append(row, history)
         self.rows[cell.fingerprint] = row
         self.failed += row["status"] == "failed"
