@@ -81,7 +81,9 @@ def sent(collectives: list[Collective]) -> float:
 def communication(
     engine: str, preset: str, parameters: int, ranks: int, precision: Precision = BF16, node: int = 8
 ) -> tuple[list[Collective], list[Collective]]:
-    """The collectives of one step.
+    """The collectives of one step: those of the engine alone, and those that the preset adds.
+
+    Scalars are left out, such as one norm per tensor where a scaling needs norms of sharded tensors.
 
     Args:
         engine: one of `ENGINES`.
@@ -90,10 +92,6 @@ def communication(
         ranks: K, the number of processes.
         precision: bytes per element.
         node: number of processes that hold one copy of the weights, for `hsdp`.
-
-    Returns:
-        The collectives of the engine alone, and those that the preset adds. Scalars are left out, such as one norm per
-        tensor where a scaling needs norms of sharded tensors.
 
     Raises:
         ValueError: for an unknown name, a number of ranks that is no multiple of `node`, or a local direction on an
@@ -149,15 +147,17 @@ def memory(
     p = precision
     _check(engine, preset, ranks, node)
     shards = {"zero3": ranks, "hsdp": node}.get(engine, 1)
-    directions = {
+    held = p.gradients
+    if preset in ("none", "gaussian") or (swap and preset != "extrap-past"):
+        held = 0
+    elif preset == "extrap-past":
+        # The gradients of this step, the directions of the next one, reuse the memory of the spent directions.
+        held = virtual_workers * p.gradients
+    elif preset == "past-update":
+        held = 4
+    elif preset == "optimistic" and engine.startswith("zero"):
         # DeepSpeed's flat gradient has the precision of the master weights.
-        "optimistic": (p.master or p.gradients) if engine.startswith("zero") else p.gradients,
-        "past-update": 4,
-        "extrap": p.gradients,
-        "extragradient": p.gradients,
-    }
-    # The gradients of this step, the directions of the next one, reuse the memory of the spent directions.
-    held = virtual_workers * p.gradients if preset == "extrap-past" else 0 if swap else directions.get(preset, 0)
+        held = p.master or p.gradients
     return {
         "weights": parameters * p.weights / shards,
         "gradients": parameters * p.gradients / (ranks if engine == "zero2" else shards),
@@ -224,9 +224,6 @@ def measure(variant: str, workers: int, steps: int = 3, width: int = 512, batch:
         `parameters`; `seconds` of a step, the median; `peak_bytes`, the growth of the process's largest resident set
         from before the model was made to the end of the last step, with an allocator that returns freed memory at once
         (which costs time); `default_peak_bytes`, the same of the timed process; `held`, of `held_bytes` at the last y.
-
-    Raises:
-        RuntimeError: if the process fails.
     """
     timed, spared = (
         _in_process(["cell", variant, *map(str, (workers, steps, width, batch))], environment)
@@ -316,26 +313,24 @@ def simulation_tables(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw seconds and peak memory against K on logarithmic axes, with the fitted lines."""
-    from matplotlib.figure import Figure
+    from hf_extrap.lab.figures import add_legend, finish, make_panels
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, panels = make_panels(2, height=3.8)
     presets, places = list(dict.fromkeys(preset for preset, _ in VARIANTS.values())), list(PLACES)
     for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
         preset = VARIANTS[str(variant)][0]
-        style = ("-", "--", ":")[places.index(str(variant).removeprefix(preset))]
-        for axis, values in zip(axes, (own["seconds"], own["peak_bytes"] / 1e6), strict=True):
-            color = f"C{presets.index(preset)}"
+        color, style = f"C{presets.index(preset)}", "- -- :".split()[places.index(str(variant).removeprefix(preset))]
+        for axes, values in zip(panels, (own["seconds"], own["peak_bytes"] / 1e6), strict=True):
             a, b = line(own["workers"], values)
             fine = np.geomspace(own["workers"].min(), own["workers"].max(), 100)
-            axis.plot(fine, a + b * fine, style, color=color, linewidth=1.4, label=variant)
-            axis.plot(own["workers"], values, "o", color=color, markersize=4)
-    for axis, label in zip(axes, ("seconds a step", "peak memory of the process, MB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="virtual workers K", ylabel=label)
-        axis.set_xticks(own["workers"], [str(k) for k in own["workers"]])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+            axes.plot(fine, a + b * fine, style, color=color, linewidth=1.4, label=variant)
+            axes.plot(own["workers"], values, "o", color=color, markersize=4)
+    for axes, label in zip(panels, ("seconds a step", "peak memory of the process, MB"), strict=True):
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(own["workers"], [str(k) for k in own["workers"]])
+        axes.minorticks_off()
+        finish(axes, across="virtual workers K", up=label)
+    add_legend(figure, panels)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

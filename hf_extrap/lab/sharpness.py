@@ -202,25 +202,22 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     """Print the measurement, and where its files are."""
     console = console or Console()
     rate, top, in_metric = content["learning_rate"], content["sharpness"], content["preconditioned_sharpness"]
-    rows = [
-        ["loss", f"{content['loss']:.6g}"],
-        ["norm of the gradient", f"{content['gradient_norm']:.4g}"],
-        ["sharpness, the largest eigenvalue of the Hessian", f"{top:.4g}"],
-        [
-            "  its residual, and the number of products",
-            "{sharpness_residual:.1e}, {sharpness_products}".format(**content),
-        ],
-        ["  error of its product against central differences", f"{content['difference_error']:.1e}"],
-        ["curvature along the gradient", f"{content['gradient_curvature']:.4g}"],
-        ["sharpness in Adam's metric", in_metric and f"{in_metric:.4g}"],
-        ["learning rate of the next step", rate and f"{rate:.4g}"],
-        ["  times the sharpness (gradient descent: stable below 2)", rate and f"{rate * top:.4g}"],
-        [
-            "  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)",
-            rate and in_metric and f"{rate * in_metric:.4g}",
-        ],
-    ]
-    rows = [row for row in rows if row[1]]
+    effort = f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"
+    product, product_in_metric = rate and rate * top, rate and in_metric and rate * in_metric
+    numbers = {
+        "loss": f"{content['loss']:.6g}",
+        "norm of the gradient": f"{content['gradient_norm']:.4g}",
+        "sharpness, the largest eigenvalue of the Hessian": f"{top:.4g}",
+        "  its residual, and the number of products": effort,
+        "  error of its product against central differences": f"{content['difference_error']:.1e}",
+        "curvature along the gradient": f"{content['gradient_curvature']:.4g}",
+        "sharpness in Adam's metric": in_metric,
+        "learning rate of the next step": rate,
+        "  times the sharpness (gradient descent: stable below 2)": product,
+        "  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)": product_in_metric,
+    }
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in numbers.items()}
+    rows = [[name, text] for name, text in texts.items() if text]
     what = f"{content['batches']} × {content['batch_size']} rows of {content['split']}, by {content['differentiation']}"
     console.print()
     console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -25,20 +25,8 @@ from .timing import WARM_UPS, interleaved, peak_bytes
 from .workloads import WORKLOADS, Made, Workload, precision_of
 
 
-class Loop(NamedTuple):
-    """A benchmark with its own methods.
-
-    Attributes:
-        run: measures one of the groups in a number of rounds, and begins no step after an end time (`time.monotonic`).
-        groups: methods that are interleaved with each other.
-    """
-
-    run: Callable[[Sequence[str], int, float], dict[str, Any]]
-    groups: Sequence[Sequence[str]]
-
-
-LOOPS = {"trainer": Loop(trainers.run, trainers.GROUPS), "processes": Loop(processes.run, processes.GROUPS)}
-"""Benchmarks with their own loop and methods."""
+LOOPS: dict[str, Any] = {"trainer": trainers, "processes": processes}
+"""Benchmarks with their own loop, `run`, and methods, `GROUPS`."""
 
 MODELS = ("lstm", "translation", "resnet", "trainer")
 PARTS = {
@@ -62,8 +50,8 @@ def bench(
         workloads: names in `WORKLOADS` and `LOOPS`.
         methods: names in `METHODS`; `base` is always added.
         rounds: interleaved steps of each method.
-        minutes: begin no step after this time. An interrupted measurement keeps its rounds if they are `FEWEST` or
-            more; otherwise the next call repeats it.
+        minutes: begin no step after this time; an interrupted measurement with fewer than `FEWEST` rounds is repeated
+            by the next call.
         output_dir: folder to write to, and to continue from.
         device: `cpu` or `cuda`; default: the GPU if there is one.
 
@@ -109,7 +97,7 @@ def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
 def _groups(name: str, methods: Sequence[str], found: Mapping[str, Any]) -> list[Sequence[str]]:
     """What is left of a workload: methods that are interleaved with each other; in pairs with the base, if large."""
     if name in LOOPS:
-        return [group for group in LOOPS[name].groups if not set(group) <= set(found)]
+        return [group for group in LOOPS[name].GROUPS if not set(group) <= set(found)]
     # Skipped methods are tried again: a peer may be installed by now, or memory free.
     todo = [m for m in methods if "step" not in found.get(m, {})]
     others = [m for m in todo if m != "base"]
