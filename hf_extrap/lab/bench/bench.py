@@ -24,7 +24,6 @@ from .report import write_report
 from .timing import WARM_UPS, interleaved, peak_bytes
 from .workloads import WORKLOADS, Made, Workload, precision_of
 
-
 LOOPS: dict[str, Any] = {"trainer": trainers, "processes": processes}
 """Benchmarks with their own loop, `run`, and methods, `GROUPS`."""
 

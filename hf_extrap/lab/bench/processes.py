@@ -90,7 +90,7 @@ def _measure(name: str, rounds: int, end: float, kinds: Sequence[str]) -> dict[s
 
     def over() -> bool:
         # The first process decides for both, so that they end at the same step.
-        told = torch.tensor(int(time.monotonic() >= end))
+        told = torch.tensor(time.monotonic() >= end).int()
         dist.broadcast(told, 0)
         return bool(told)
 

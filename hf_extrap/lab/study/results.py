@@ -18,6 +18,7 @@ from hf_extrap.lab.study.statistics import (
     steps_to,
 )
 from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.recipes.figures import series
 
 PERFECT_SCALING_MARGIN = 1.2
 """A batch size is within perfect scaling up to so many times the steps that it would take."""
@@ -93,12 +94,9 @@ class Entry:
 
     def sharpness_by_seed(self) -> dict[int, float]:
         """The last sharpness that each finished seed has logged, by its seed."""
-        found = {}
-        for row, history in zip(self.finals, self.histories, strict=True):
-            values = [line[SHARPNESS] for line in history if line.get(SHARPNESS) is not None]
-            if row["status"] == "finished" and values:
-                found[row["seed"]] = values[-1]
-        return found
+        values = [series(history, SHARPNESS)[1] for history in self.histories]
+        logged = zip(self.finals, values, strict=True)
+        return {row["seed"]: found[-1] for row, found in logged if row["status"] == "finished" and found}
 
 
 @dataclass
@@ -124,13 +122,10 @@ class Results:
     left: int
     size: int
 
-    def entry(self, method: str | None, workers: int) -> Entry | None:
-        """One method at one batch size."""
-        return next((e for e in self.entries if (e.method, e.workers) == (method, workers)), None)
-
     def of(self, reference: Reference | None) -> Entry | None:
         """The entry that a study's file refers to."""
-        return self.entry(reference.method, reference.workers) if reference else None
+        place = (reference.method, reference.workers) if reference else None
+        return next((entry for entry in self.entries if (entry.method, entry.workers) == place), None)
 
     @property
     def target_is_greater(self) -> bool:
@@ -242,7 +237,7 @@ def _target(results: Results, target: Target) -> float | None:
 
 def _compare(entry: Entry, results: Results) -> None:
     """Fill in what an entry is beside the baseline and the reference, and its cost to the target."""
-    baseline = results.entry(results.study.baseline, entry.workers)
+    baseline = results.of(Reference(results.study.baseline, entry.workers)) if results.study.baseline else None
     reference = results.of(results.study.reference)
     if baseline is not None and entry.seconds_per_step and baseline.seconds_per_step:
         entry.relative_seconds = entry.seconds_per_step / baseline.seconds_per_step

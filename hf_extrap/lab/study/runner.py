@@ -111,7 +111,8 @@ class _Runner:
             taken = {cell.fingerprint for cell in self.running.values()}
             ready = [cell for cell in self.plan.ready(self.rows) if cell.fingerprint not in taken]
             # The first one that is expected to end in time.
-            rows, now, end = list(self.rows.values()), time.time(), self.deadline or math.inf
+            rows, now = list(self.rows.values()), time.time()
+            end = math.inf if self.deadline is None else self.deadline
             cell = next((cell for cell in ready if now + (expected_seconds(cell, rows) or 0.0) <= end), None)
             if cell is None:
                 break
