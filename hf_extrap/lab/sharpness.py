@@ -118,7 +118,12 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
 
     def eigenpair(product: Callable[[Tensor], Tensor], what: str) -> Eigenpair:
         with tqdm(desc=what, unit=" products", leave=False, disable=quiet) as bar:
-            return largest_eigenpair(lambda v: (product(v), bar.update())[0], mean_loss.point, tolerance=tolerance)
+
+            def counted(vector: Tensor) -> Tensor:
+                bar.update()
+                return product(vector)
+
+            return largest_eigenpair(counted, mean_loss.point, tolerance=tolerance)
 
     top = eigenpair(mean_loss.hessian_product, "Hessian products")
     direction = gradient / norm if norm else gradient
@@ -203,7 +208,6 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     console = console or Console()
     rate, top, in_metric = content["learning_rate"], content["sharpness"], content["preconditioned_sharpness"]
     effort = f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"
-    product, product_in_metric = rate and rate * top, rate and in_metric and rate * in_metric
     numbers = {
         "loss": f"{content['loss']:.6g}",
         "norm of the gradient": f"{content['gradient_norm']:.4g}",
@@ -213,11 +217,10 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
         "curvature along the gradient": f"{content['gradient_curvature']:.4g}",
         "sharpness in Adam's metric": in_metric,
         "learning rate of the next step": rate,
-        "  times the sharpness (gradient descent: stable below 2)": product,
-        "  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)": product_in_metric,
+        "  times the sharpness (gradient descent: stable below 2)": rate and rate * top,
+        "  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)": rate and in_metric and rate * in_metric,
     }
-    texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in numbers.items()}
-    rows = [[name, text] for name, text in texts.items() if text]
+    rows = [[name, f"{v:.4g}" if isinstance(v, float) else v] for name, v in numbers.items() if v]
     what = f"{content['batches']} × {content['batch_size']} rows of {content['split']}, by {content['differentiation']}"
     console.print()
     console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))

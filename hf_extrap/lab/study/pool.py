@@ -52,13 +52,18 @@ def quiet() -> None:
 def _prepare() -> None:
     """Prepare a process: one thread, no Ctrl-C, which is for the parent, and no life after the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Another program may already do the same run again.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     # For the libraries that read it when they are imported.
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
     torch.set_num_threads(1)
     quiet()
+
+
+def _exit_with_parent() -> None:
+    """Exit where the parent was killed: another program may already do the same run again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

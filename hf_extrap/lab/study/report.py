@@ -203,8 +203,9 @@ def markdown(results: Results, figures: dict[str, str], command: str) -> str:
 def summary(results: Results) -> dict[str, Any]:
     """The content of summary.json."""
     names = ("metric", "greater_is_better", "split", "target_metric", "target", "missing", "left", "size")
+    left_out = ("tuning", "finals", "histories", "trials")
     entries = [
-        {name: value for name, value in dataclasses.asdict(entry).items() if name not in ("tuning", "histories")}
+        {name: value for name, value in dataclasses.asdict(entry).items() if name not in left_out}
         | {
             "trials": [{"point": point, "score": score} for point, score in entry.trials],
             "seeds_finished": len(entry.finished),
