@@ -125,14 +125,14 @@ def focus(axes: Axes, points: Sequence[Point], logarithmic: bool = False) -> boo
         axes.set_ylim(*(np.exp(limits) if logarithmic else limits))
     for (across, _, colour), above in outside:
         # In this transform 0 is the lower edge of the axis and 1 the upper one.
-        place = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot([across], [float(above)], "^" if above else "v", color=colour, **place)
     return bool(outside)
 
 
 def use_logarithm(axis: Axis, ticks: int | None = None) -> None:
     """Give an axis a logarithmic scale, with ticks at 1, 2 and 5 of each decade."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=ticks))
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
     axis.set_minor_locator(NullLocator())

@@ -302,8 +302,8 @@ def simulation_tables(rows: Sequence[dict[str, Any]]) -> str:
         a, b = line(own["workers"], 1e3 * own["seconds"])
         seconds.append([variant, *own["seconds"].map("{:.3f}".format), f"{a:.1f} + {b:.2f} · K"])
         a, b = line(own["workers"], peak)
-        held = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
-        peaks.append([variant, *peak.map("{:,.0f}".format), f"{a:.0f} + {b:.2f} · K", *held])
+        places = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
+        peaks.append([variant, *peak.map("{:,.0f}".format), f"{a:.0f} + {b:.2f} · K", *places])
     tables = {
         ("s a step", *heads, "ms + ms · K"): seconds,
         ("peak, MB", *heads, "MB + MB · K", "held", "on the host"): peaks,

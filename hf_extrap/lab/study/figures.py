@@ -61,7 +61,7 @@ def _over_batches(axes: Axes, results: Results, value: Callable[[Entry], Estimat
     for method in results.study.methods:
         style = style_of(results.study.methods, method)
         entries = [entry for entry in results.entries if entry.method == method and entry.batch_size is not None]
-        points = sorted((e.batch_size, found.mean, found.std or 0.0) for e in entries if (found := value(e)))
+        points = sorted((e.batch_size or 0.0, found.mean, found.std or 0.0) for e in entries if (found := value(e)))
         if points:
             batches, means, deviations = zip(*points, strict=True)
             # A spread as long as its mean has no lower end on a logarithmic axis.
@@ -116,7 +116,7 @@ def draw_differences(results: Results) -> Drawn:
                 ends += [low, high]
             else:
                 above, outside = mean > most, True
-                edge = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+                edge: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}
                 axes.plot([float(above)], [at], ">" if above else "<", color=style["color"], **edge)
         if outside:
             margin = 0.06 * (max(ends) - min(ends))
@@ -276,7 +276,7 @@ def _heat_map(axes: Axes, entry: Entry, lists: dict[str, list[Any]], results: Re
         table[at] = better(table[at], score)
     shown = np.where(np.isfinite(table), -table if results.greater_is_better else table, np.nan)
     # One value far from the others must not hide the differences between those.
-    best, worst = np.nanquantile(shown, [0.0, 0.8]) if np.isfinite(shown).any() else (0.0, 1.0)
+    best, worst = np.nanquantile(shown if np.isfinite(shown).any() else [0.0, 1.0], [0.0, 0.8])
     worst = max(worst, best + 1e-12)
     axes.imshow(shown, cmap="cividis", aspect="auto", vmin=best, vmax=worst)
     for (row, column), value in np.ndenumerate(table):

@@ -138,7 +138,8 @@ class Chain:
 
     def _recorded(self, rows: Rows) -> dict[int, Point]:
         """The points of the rows: another release of Optuna would suggest others."""
-        ours, found = ("tune", self.method, self.workers, set(self.values)), {}
+        ours = ("tune", self.method, self.workers, set(self.values))
+        found: dict[int, Point] = {}
         for row in rows.values():
             if (row["stage"], row["method"], row["workers"], set(row["point"])) == ours:
                 cell = self._cell("tune", row["trial"], row["point"], row["seed"])

@@ -144,7 +144,7 @@ class _Runner:
         left, seconds = self.plan.left(self.rows), self._seconds_left()
         hopeless = [f"{c.method} × {c.workers}" for c in self.plan.chains if c.is_hopeless(self.rows)]
         about = f", about {_spoken(seconds)}" if seconds is not None else ""
-        words = [
+        words: list[Any] = [
             f"{self.plan.size - left} of {self.plan.size} runs are done in {self.folder.path}",
             left and f"{left} are left{about}",
             self.failed and f"{self.failed} failed, see `message` in rows.jsonl; the next call tries them again",
