@@ -25,16 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
     """Run what is left of the comparison, and print its tables."""
     with importing():
-        from hf_extrap.lab.compare import compare, parse_list
+        from hf_extrap.lab.compare import compare, comparison, parse_list
 
     hide_loading_bars()
-    return compare(
+    study = comparison(
         known.path,
         rest,
         presets=parse_list("presets", known.presets, str),
         seeds=parse_list("seeds", known.seeds, int),
         learning_rates=parse_list("learning_rates", known.learning_rates, float) if known.learning_rates else None,
         target=known.target,
-        output_dir=known.output_dir,
-        command=command,
     )
+    return compare(study, known.output_dir, command)

@@ -30,29 +30,11 @@ def parse_list(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
     return values
 
 
-def compare(
-    config: str | Path | None,
-    words: Sequence[str],
-    presets: Sequence[str],
-    seeds: Sequence[int],
-    learning_rates: Sequence[float] | None = None,
-    target: float | None = None,
-    output_dir: str | Path | None = None,
-    command: str = "hf-extrap compare",
-) -> int:
-    """Run each preset with each seed, on the same data order for each seed, and report as a study does.
-
-    A run that is done is not repeated; a run that was cut off resumes from its last checkpoint.
+def compare(study: Study, output_dir: str | Path | None = None, command: str = "hf-extrap compare") -> int:
+    """Run the study of `comparison`, and report it; a run that is done is not repeated.
 
     Args:
-        config: YAML file, or None for the task's defaults.
-        words: `--field value …` for every run.
-        presets: names of presets, each with fields of its own if wanted: `extrap:step_ratio=0.25`. The others are
-            compared with the first one.
-        seeds: a seed sets the initial weights, the data order and all noise.
-        learning_rates: each preset is tuned over these, by validation, with a seed that is not reported; None: the
-            configuration's.
-        target: value of the metric for "steps to target"; None: the mean that the first preset ends at.
+        study: what `comparison` returns.
         output_dir: default `runs/compare-<config>`.
         command: the command line, for the record.
 
@@ -62,7 +44,6 @@ def compare(
     Raises:
         ValueError: something in the comparison cannot be; nothing has run.
     """
-    study = comparison(config, words, presets, seeds, learning_rates, target)
     folder = Path(output_dir or Path("runs") / f"compare-{study.name}")
     code = run_study(study, output_dir=folder, command=command)
     if code != 130:
@@ -78,7 +59,21 @@ def comparison(
     learning_rates: Sequence[float] | None = None,
     target: float | None = None,
 ) -> Study:
-    """The study that a comparison is; the arguments are those of `compare`."""
+    """The study of presets on the same data order, with the same initial weights for each seed.
+
+    Args:
+        config: YAML file, or None for the task's defaults.
+        words: `--field value …` for every run.
+        presets: names of presets, each with fields of its own if wanted: `extrap:step_ratio=0.25`. The others are
+            compared with the first one.
+        seeds: a seed sets the initial weights, the data order and all noise.
+        learning_rates: each preset is tuned over these, by validation, with a seed that is not reported; None: the
+            configuration's.
+        target: value of the metric for "steps to target"; None: the mean that the first preset ends at.
+
+    Raises:
+        ValueError: a preset or a field is not allowed.
+    """
     named = {word[2:].split("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
     for name, option in {"extrap": "presets", "seed": "seeds", "learning_rate": "learning_rates"}.items():
         if name in named:

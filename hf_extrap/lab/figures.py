@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -24,7 +26,7 @@ Point = tuple[float, float, str]
 """Horizontal and vertical coordinate, and colour."""
 
 
-def style_of(names: Sequence[str], name: str) -> dict[str, Any]:
+def style_of(names: Iterable[str], name: str) -> dict[str, Any]:
     """Colour, marker, line style and label of one of the names, the same in every figure."""
     cycle, index = divmod(list(names).index(name), len(COLOURS))
     marker = MARKERS[(index + cycle) % len(MARKERS)]
@@ -37,9 +39,8 @@ def make_panels(count: int, height: float = 3.3, columns: int = 3) -> tuple[Figu
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.4), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid[count:]:
-        axes.set_visible(False)
-    for axes in grid:
+    for index, axes in enumerate(grid):
+        axes.set_visible(index < count)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
     return figure, grid[:count]
@@ -55,16 +56,12 @@ def finish(axes: Axes, title: str = "", across: str = "", up: str = "", grid: st
 
 def add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend above the panels, where it can cover no curve."""
-    found: dict[str, Artist] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(str(label), handle)
-    if found:
+    handles = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels)
+    if found := {str(label): handle for panel in handles for handle, label in panel}:
         # Inches of a letter, and of a handle with the space around it.
         fitting = int(WIDTH / (0.073 * max(map(len, found)) + 0.75))
         columns = max(1, min(5, len(found), fitting))
-        handles, labels = list(found.values()), list(found)
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+        figure.legend(list(found.values()), list(found), loc="outside upper center", ncols=columns, frameon=False)
 
 
 def across_seeds(histories: Sequence[Sequence[Row]], key: str) -> np.ndarray:
@@ -73,11 +70,12 @@ def across_seeds(histories: Sequence[Sequence[Row]], key: str) -> np.ndarray:
     Returns:
         Shape (4, steps).
     """
-    lines = [dict(zip(*series(rows, key), strict=True)) for rows in histories]
+    lines = [pd.Series(dict(zip(*series(rows, key), strict=True)), dtype=float) for rows in histories]
+    if not lines:
+        return np.empty((4, 0))
     # Where a seed is missing, the mean would jump.
-    steps = sorted(set(lines[0]).intersection(*lines[1:])) if lines else []
-    values = np.array([[line[step] for step in steps] for line in lines])
-    return np.array([steps, values.min(0), values.mean(0), values.max(0)]) if steps else np.empty((4, 0))
+    table = pd.concat(lines, axis=1, join="inner").sort_index()
+    return np.array([table.index, table.min(axis=1), table.mean(axis=1), table.max(axis=1)], dtype=float)
 
 
 def draw_seeds(axes: Axes, line: np.ndarray, style: Mapping[str, Any]) -> list[Point]:
@@ -107,7 +105,7 @@ def within_fences(values: Sequence[float], must: Sequence[float] = ()) -> tuple[
 
 
 def focus(axes: Axes, points: Sequence[Point], logarithmic: bool = False) -> bool:
-    """Limit the vertical axis to the points that are not far out, and mark the others at its edge.
+    """Limit the vertical axis to the points that are not far out, and mark the others by triangles at its edge.
 
     Args:
         axes: what the points are drawn in.
@@ -119,30 +117,22 @@ def focus(axes: Axes, points: Sequence[Point], logarithmic: bool = False) -> boo
     """
     if not points:
         return False
-    heights = np.array([height for _, height, _ in points])
-    scaled = np.log(heights) if logarithmic else heights
-    low, high = within_fences(list(scaled))
+    scaled = [math.log(height) if logarithmic else height for _, height, _ in points]
+    low, high = within_fences(scaled)
     outside = [(point, value > high) for point, value in zip(points, scaled, strict=True) if not low <= value <= high]
     if outside:
         limits = np.array([low, high]) + np.array([-0.1, 0.1]) * (high - low)
         axes.set_ylim(*(np.exp(limits) if logarithmic else limits))
     for (across, _, colour), above in outside:
         # In this transform 0 is the lower edge of the axis and 1 the upper one.
-        mark_beyond(axes, across, float(above), "^" if above else "v", colour, axes.get_xaxis_transform())
+        place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot([across], [float(above)], "^" if above else "v", color=colour, **place)
     return bool(outside)
 
 
-def mark_beyond(axes: Axes, across: float, up: float, marker: str, colour: str, transform: Any) -> None:
-    """A triangle at the edge of an axis, for a point that lies beyond it."""
-    axes.plot([across], [up], marker=marker, color=colour, linestyle="none", clip_on=False, transform=transform)
-
-
-def use_logarithm(axes: Axes) -> None:
-    """A logarithmic vertical axis with 1, 2 and 5 of each decade."""
-    limits = None if axes.get_autoscaley_on() else axes.get_ylim()
-    axes.set_yscale("log")
-    if limits:
-        axes.set_ylim(limits)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+def use_logarithm(axis: Axis, ticks: int | None = None) -> None:
+    """Give an axis a logarithmic scale, with ticks at 1, 2 and 5 of each decade."""
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=ticks))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_minor_locator(NullLocator())

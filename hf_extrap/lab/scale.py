@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -80,7 +81,9 @@ def sent(collectives: list[Collective]) -> float:
 def communication(
     engine: str, preset: str, parameters: int, ranks: int, precision: Precision = BF16, node: int = 8
 ) -> tuple[list[Collective], list[Collective]]:
-    """The collectives of one step.
+    """The collectives of one step: those of the engine alone, and those that the preset adds.
+
+    Scalars are left out, such as one norm per tensor where a scaling needs norms of sharded tensors.
 
     Args:
         engine: one of `ENGINES`.
@@ -89,10 +92,6 @@ def communication(
         ranks: K, the number of processes.
         precision: bytes per element.
         node: number of processes that hold one copy of the weights, for `hsdp`.
-
-    Returns:
-        The collectives of the engine alone, and those that the preset adds. Scalars are left out, such as one norm per
-        tensor where a scaling needs norms of sharded tensors.
 
     Raises:
         ValueError: for an unknown name, a number of ranks that is no multiple of `node`, or a local direction on an
@@ -148,15 +147,17 @@ def memory(
     p = precision
     _check(engine, preset, ranks, node)
     shards = {"zero3": ranks, "hsdp": node}.get(engine, 1)
-    directions = {
+    held = p.gradients
+    if preset in ("none", "gaussian") or (swap and preset != "extrap-past"):
+        held = 0
+    elif preset == "extrap-past":
+        # The gradients of this step, the directions of the next one, reuse the memory of the spent directions.
+        held = virtual_workers * p.gradients
+    elif preset == "past-update":
+        held = 4
+    elif preset == "optimistic" and engine.startswith("zero"):
         # DeepSpeed's flat gradient has the precision of the master weights.
-        "optimistic": (p.master or p.gradients) if engine.startswith("zero") else p.gradients,
-        "past-update": 4,
-        "extrap": p.gradients,
-        "extragradient": p.gradients,
-    }
-    # The gradients of this step, the directions of the next one, reuse the memory of the spent directions.
-    held = virtual_workers * p.gradients if preset == "extrap-past" else 0 if swap else directions.get(preset, 0)
+        held = p.master or p.gradients
     return {
         "weights": parameters * p.weights / shards,
         "gradients": parameters * p.gradients / (ranks if engine == "zero2" else shards),
@@ -185,29 +186,28 @@ def plan_tables(parameters: int, ranks: Sequence[int], node: int = 8) -> str:
 
     A cell is what the engine has alone + what the preset adds; presets with the same cells share a row.
     """
+
+    def cells(engine: str, preset: str, k: int) -> tuple[str, ...]:
+        try:
+            base, extra = communication(engine, preset, parameters, k, node=node)
+        except ValueError:
+            return "refused", "refused"
+        held = memory(engine, preset, parameters, k, node=node)
+        added = held["x"] + held["directions"]
+        pairs = ((sent(base), sent(extra)), (sum(held.values()) - added, added))
+        return tuple(f"{own / 1e9:.3g}" + (f" + {more / 1e9:.3g}" if more else "") for own, more in pairs)
+
     tables: tuple[dict[tuple[str, ...], list[str]], ...] = ({}, {})
-    for engine, name in ENGINES.items():
-        for preset in PRESETS:
-            cells = [_plan_cells(engine, preset, parameters, k, node) for k in ranks]
-            for table, row in zip(tables, zip(*cells, strict=True), strict=True):
-                table.setdefault((name, *row), []).append(f"`{preset}`")
+    for engine, preset in itertools.product(ENGINES, PRESETS):
+        columns = [cells(engine, preset, k) for k in ranks]
+        for table, row in zip(tables, zip(*columns, strict=True), strict=True):
+            table.setdefault((ENGINES[engine], *row), []).append(f"`{preset}`")
     head = ["engine", "preset", *(f"K = {k:,}" for k in ranks)]
     parts = []
     for title, table in zip(("GB sent per rank and step:", "GB held per rank:"), tables, strict=True):
         rows = [[name, ", ".join(presets), *row] for (name, *row), presets in table.items()]
         parts += [title, tabulate(rows, head, tablefmt="pipe", disable_numparse=True)]
     return "\n\n".join(parts)
-
-
-def _plan_cells(engine: str, preset: str, parameters: int, ranks: int, node: int) -> tuple[str, ...]:
-    try:
-        base, extra = communication(engine, preset, parameters, ranks, node=node)
-    except ValueError:
-        return "refused", "refused"
-    held = memory(engine, preset, parameters, ranks, node=node)
-    added = held["x"] + held["directions"]
-    pairs = ((sent(base), sent(extra)), (sum(held.values()) - added, added))
-    return tuple(f"{own / 1e9:.3g}" + (f" + {more / 1e9:.3g}" if more else "") for own, more in pairs)
 
 
 def measure(variant: str, workers: int, steps: int = 3, width: int = 512, batch: int = 8) -> dict[str, Any]:
@@ -224,12 +224,11 @@ def measure(variant: str, workers: int, steps: int = 3, width: int = 512, batch:
         `parameters`; `seconds` of a step, the median; `peak_bytes`, the growth of the process's largest resident set
         from before the model was made to the end of the last step, with an allocator that returns freed memory at once
         (which costs time); `default_peak_bytes`, the same of the timed process; `held`, of `held_bytes` at the last y.
-
-    Raises:
-        RuntimeError: if the process fails.
     """
-    cell = ["cell", variant, *map(str, (workers, steps, width, batch))]
-    timed, spared = (_in_process(cell, environment) for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}))
+    timed, spared = (
+        _in_process(["cell", variant, *map(str, (workers, steps, width, batch))], environment)
+        for environment in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    )
     return {**timed, "peak_bytes": spared["peak_bytes"], "default_peak_bytes": timed["peak_bytes"]}
 
 
@@ -299,42 +298,39 @@ def simulation_tables(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown tables of seconds and MB by variant and K, with fitted lines, and MB held at the largest K."""
     seconds, peaks = [], []
     for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
-        heads, peak = [f"K = {k}" for k in own["workers"]], own["peak_bytes"] / 1e6
-        a, b = line(own["workers"], own["seconds"])
-        cells = dict(zip(heads, own["seconds"].map("{:.3f}".format), strict=True))
-        seconds.append({"s a step": variant, **cells, "ms + ms · K": f"{1e3 * a:.1f} + {1e3 * b:.2f} · K"})
+        heads, peak, held = [f"K = {k}" for k in own["workers"]], own["peak_bytes"] / 1e6, own["held"].iloc[-1]
+        a, b = line(own["workers"], 1e3 * own["seconds"])
+        seconds.append([variant, *own["seconds"].map("{:.3f}".format), f"{a:.1f} + {b:.2f} · K"])
         a, b = line(own["workers"], peak)
-        cells = dict(zip(heads, peak.map("{:,.0f}".format), strict=True))
-        held = own["held"].iloc[-1]
-        device, host = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
-        fitted = {"MB + MB · K": f"{a:.0f} + {b:.2f} · K"}
-        peaks.append({"peak, MB": variant, **cells, **fitted, "held": device, "on the host": host})
-    tables = (tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True) for table in (seconds, peaks))
-    return "\n\n".join(tables)
+        places = (f"{size / 1e6:,.1f}" for size in (held["x"] + held["directions"], held["host"]))
+        peaks.append([variant, *peak.map("{:,.0f}".format), f"{a:.0f} + {b:.2f} · K", *places])
+    tables = {
+        ("s a step", *heads, "ms + ms · K"): seconds,
+        ("peak, MB", *heads, "MB + MB · K", "held", "on the host"): peaks,
+    }
+    return "\n\n".join(tabulate(table, head, "pipe", disable_numparse=True) for head, table in tables.items())
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw seconds and peak memory against K on logarithmic axes, with the fitted lines."""
-    from matplotlib.figure import Figure
+    from hf_extrap.lab.figures import add_legend, finish, make_panels
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, panels = make_panels(2, height=3.8)
     presets, places = list(dict.fromkeys(preset for preset, _ in VARIANTS.values())), list(PLACES)
     for variant, own in pd.DataFrame(rows).sort_values("workers").groupby("variant", sort=False):
         preset = VARIANTS[str(variant)][0]
-        style = ("-", "--", ":")[places.index(str(variant).removeprefix(preset))]
-        for axis, values in zip(axes, (own["seconds"], own["peak_bytes"] / 1e6), strict=True):
-            color = f"C{presets.index(preset)}"
+        color, style = f"C{presets.index(preset)}", "- -- :".split()[places.index(str(variant).removeprefix(preset))]
+        for axes, values in zip(panels, (own["seconds"], own["peak_bytes"] / 1e6), strict=True):
             a, b = line(own["workers"], values)
             fine = np.geomspace(own["workers"].min(), own["workers"].max(), 100)
-            axis.plot(fine, a + b * fine, style, color=color, linewidth=1.4, label=variant)
-            axis.plot(own["workers"], values, "o", color=color, markersize=4)
-    for axis, label in zip(axes, ("seconds a step", "peak memory of the process, MB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="virtual workers K", ylabel=label)
-        axis.set_xticks(own["workers"], [str(k) for k in own["workers"]])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+            axes.plot(fine, a + b * fine, style, color=color, linewidth=1.4, label=variant)
+            axes.plot(own["workers"], values, "o", color=color, markersize=4)
+    for axes, label in zip(panels, ("seconds a step", "peak memory of the process, MB"), strict=True):
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks(own["workers"], [str(k) for k in own["workers"]])
+        axes.minorticks_off()
+        finish(axes, across="virtual workers K", up=label)
+    add_legend(figure, panels)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

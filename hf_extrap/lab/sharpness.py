@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_extrap.lab.figures import add_legend, finish, make_panels
 from hf_extrap.recipes.figures import COLOURS
 from hf_extrap.recipes.run_folder import versions, write_json
 from hf_extrap.recipes.saved_run import SavedRun, load_saved_run
@@ -116,32 +115,42 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
     norm = float(gradient.norm())
     if not math.isfinite(loss + norm):
         raise CurvatureError(f"the loss is {loss:g} and the norm of its gradient {norm:g}: the run has diverged.")
-    top = _eigenpair(mean_loss.hessian_product, mean_loss, tolerance, "Hessian products", quiet)
+
+    def eigenpair(product: Callable[[Tensor], Tensor], what: str) -> Eigenpair:
+        with tqdm(desc=what, unit=" products", leave=False, disable=quiet) as bar:
+
+            def counted(vector: Tensor) -> Tensor:
+                bar.update()
+                return product(vector)
+
+            return largest_eigenpair(counted, mean_loss.point, tolerance=tolerance)
+
+    top = eigenpair(mean_loss.hessian_product, "Hessian products")
     direction = gradient / norm if norm else gradient
     bend = float(direction @ mean_loss.hessian_product(direction)) if norm else 0.0
     preconditioner = saved.trainer.sharpness.preconditioner(mean_loss)
     in_metric = None
     if preconditioner is not None:
-        product = preconditioned(mean_loss.hessian_product, preconditioner)
-        in_metric = _eigenpair(product, mean_loss, tolerance, "products in Adam's metric", quiet)
+        in_metric = eigenpair(preconditioned(mean_loss.hessian_product, preconditioner), "products in Adam's metric")
 
     # Along the gradient the parabola has its minimum at 1 / bend; along the eigenvector it rises by half the loss.
     unit = next((1 / curvature for curvature in (bend, top.value) if curvature > 0), saved.learning_rate or 1.0)
-    rates = [float(rate) for rate in unit * np.linspace(-1, 3, POINTS)]
+    rates = (unit * np.linspace(-1, 3, POINTS)).tolist()
     reach = math.sqrt(abs(loss / top.value)) if top.value else 1.0
-    lengths = [float(length) for length in reach * np.linspace(-1, 1, POINTS)]
+    lengths = (reach * np.linspace(-1, 1, POINTS)).tolist()
     with tqdm(total=2 * POINTS, desc="losses along lines", leave=False, disable=quiet) as bar:
         along_gradient = mean_loss.along(-gradient, rates, bar.update)
         along_eigenvector = mean_loss.along(top.vector, lengths, bar.update)
     rate = saved.learning_rate
-    preconditioned_names = {"sharpness": "value", "residual": "residual", "products": "products"}
     return {
         "loss": loss,
         "gradient_norm": norm,
         "sharpness": top.value,
         "sharpness_residual": top.residual,
         "sharpness_products": top.products,
-        **{f"preconditioned_{key}": getattr(in_metric, name, None) for key, name in preconditioned_names.items()},
+        "preconditioned_sharpness": in_metric.value if in_metric else None,
+        "preconditioned_residual": in_metric.residual if in_metric else None,
+        "preconditioned_products": in_metric.products if in_metric else None,
         "difference_error": mean_loss.product_error(top.vector) if top.value else 0.0,
         "gradient_curvature": bend,
         "eigenvector_slope": float(gradient @ top.vector),
@@ -158,19 +167,6 @@ def measure(mean_loss: MeanLoss, saved: SavedRun, tolerance: float) -> dict[str,
     }
 
 
-def _eigenpair(
-    product: Callable[[Tensor], Tensor], mean_loss: MeanLoss, tolerance: float, what: str, quiet: bool
-) -> Eigenpair:
-    with tqdm(desc=what, unit=" products", leave=False, disable=quiet) as bar:
-
-        def counted(vector: Tensor) -> Tensor:
-            result = product(vector)
-            bar.update()
-            return result
-
-        return largest_eigenpair(counted, mean_loss.point, tolerance=tolerance)
-
-
 def draw_sharpness(content: Mapping[str, Any], path: Path) -> None:
     """Draw the loss along both lines, with the parabola that slope and curvature at 0 predict.
 
@@ -178,63 +174,53 @@ def draw_sharpness(content: Mapping[str, Any], path: Path) -> None:
         content: of sharpness.json.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lines, norm = content["lines"], content["gradient_norm"]
-    rates = np.array(lines["gradient"]["learning_rate"])
-    parabola = content["loss"] - norm**2 * (rates - content["gradient_curvature"] * rates**2 / 2)
-    _draw_line(left, rates, lines["gradient"]["loss"], parabola)
-    left.set_xlabel("learning rate γ of one gradient step, x − γ g", fontsize=9)
-    left.set_ylabel("loss", fontsize=9)
+    figure, (left, right) = make_panels(2, height=3.2)
+    lines, norm, loss = content["lines"], content["gradient_norm"], content["loss"]
+    rates, t = np.array(lines["gradient"]["learning_rate"]), np.array(lines["eigenvector"]["length"])
+    parabolas = (
+        loss - norm**2 * (rates - content["gradient_curvature"] * rates**2 / 2),
+        loss + content["eigenvector_slope"] * t + content["sharpness"] * t**2 / 2,
+    )
+    for axes, at, key, parabola in zip((left, right), (rates, t), ("gradient", "eigenvector"), parabolas, strict=True):
+        # JSON's null, a loss that is not finite, leaves a gap.
+        values = np.array(lines[key]["loss"], dtype=float)
+        values[~np.isfinite(values)] = np.nan
+        axes.plot(at, values, color=COLOURS[0], linewidth=1.5, marker="o", markersize=2.5, label="loss")
+        if np.isfinite(values).any() and (spread := np.nanmax(values) - np.nanmin(values)) > 0:
+            axes.set_ylim(np.nanmin(values) - spread / 10, np.nanmax(values) + spread / 10)
+        axes.plot(at, parabola, color=COLOURS[1], linewidth=1.2, linestyle="--", label="slope and curvature at 0")
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.ticklabel_format(scilimits=(-3, 4))
+    finish(left, across="learning rate γ of one gradient step, x − γ g", up="loss")
+    finish(right, across="length t of the step along the eigenvector")
     if norm:
         lengths = left.secondary_xaxis("top", functions=(lambda rate: rate * norm, lambda t: t / norm))
         lengths.set_xlabel("length of the step, ‖γ g‖", fontsize=9)
         lengths.tick_params(labelsize=9)
-    t = np.array(lines["eigenvector"]["length"])
-    parabola = content["loss"] + content["eigenvector_slope"] * t + content["sharpness"] * t**2 / 2
-    _draw_line(right, t, lines["eigenvector"]["loss"], parabola)
-    right.set_xlabel("length t of the step along the eigenvector", fontsize=9)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    add_legend(figure, [left])
     title = f"{content['task'].replace('_', ' ')}, {Path(content['checkpoint']).name}"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
 
 
-def _draw_line(axes: Axes, at: np.ndarray, losses: list[float | None], parabola: np.ndarray) -> None:
-    # JSON's null, a loss that is not finite, leaves a gap.
-    values = np.array(losses, dtype=float)
-    values[~np.isfinite(values)] = np.nan
-    axes.plot(at, values, color=COLOURS[0], linewidth=1.5, marker="o", markersize=2.5, label="loss")
-    if np.isfinite(values).any() and (spread := np.nanmax(values) - np.nanmin(values)) > 0:
-        axes.set_ylim(np.nanmin(values) - spread / 10, np.nanmax(values) + spread / 10)
-    axes.plot(at, parabola, color=COLOURS[1], linewidth=1.2, linestyle="--", label="slope and curvature at 0")
-    axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, alpha=0.25, linewidth=0.6)
-    axes.tick_params(labelsize=9)
-    axes.ticklabel_format(scilimits=(-3, 4))
-
-
 def print_sharpness(content: dict[str, Any], folder: str | Path, console: Console | None = None) -> None:
     """Print the measurement, and where its files are."""
     console = console or Console()
-    rate, in_metric = content["learning_rate"], content["preconditioned_sharpness"]
+    rate, top, in_metric = content["learning_rate"], content["sharpness"], content["preconditioned_sharpness"]
     effort = f"{content['sharpness_residual']:.1e}, {content['sharpness_products']}"
-    rows = [
-        ["loss", f"{content['loss']:.6g}"],
-        ["norm of the gradient", f"{content['gradient_norm']:.4g}"],
-        ["sharpness, the largest eigenvalue of the Hessian", f"{content['sharpness']:.4g}"],
-        ["  its residual, and the number of products", effort],
-        ["  error of its product against central differences", f"{content['difference_error']:.1e}"],
-        ["curvature along the gradient", f"{content['gradient_curvature']:.4g}"],
-    ]
-    if in_metric is not None:
-        rows.append(["sharpness in Adam's metric", f"{in_metric:.4g}"])
-    if rate:
-        rows.append(["learning rate of the next step", f"{rate:.4g}"])
-        rows.append(["  times the sharpness (gradient descent: stable below 2)", f"{rate * content['sharpness']:.4g}"])
-    if rate and in_metric is not None:
-        rows.append(["  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)", f"{rate * in_metric:.4g}"])
+    numbers = {
+        "loss": f"{content['loss']:.6g}",
+        "norm of the gradient": f"{content['gradient_norm']:.4g}",
+        "sharpness, the largest eigenvalue of the Hessian": f"{top:.4g}",
+        "  its residual, and the number of products": effort,
+        "  error of its product against central differences": f"{content['difference_error']:.1e}",
+        "curvature along the gradient": f"{content['gradient_curvature']:.4g}",
+        "sharpness in Adam's metric": in_metric,
+        "learning rate of the next step": rate,
+        "  times the sharpness (gradient descent: stable below 2)": rate and rate * top,
+        "  times the sharpness in Adam's metric (Adam, β₁ = 0.9: 38)": rate and in_metric and rate * in_metric,
+    }
+    rows = [[name, f"{v:.4g}" if isinstance(v, float) else v] for name, v in numbers.items() if v]
     what = f"{content['batches']} × {content['batch_size']} rows of {content['split']}, by {content['differentiation']}"
     console.print()
     console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))

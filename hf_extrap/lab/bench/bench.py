@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -24,21 +24,8 @@ from .report import write_report
 from .timing import WARM_UPS, interleaved, peak_bytes
 from .workloads import WORKLOADS, Made, Workload, precision_of
 
-
-class Loop(NamedTuple):
-    """A benchmark with its own methods.
-
-    Attributes:
-        run: measures one of the groups in a number of rounds, and begins no step after an end time (`time.monotonic`).
-        groups: methods that are interleaved with each other.
-    """
-
-    run: Callable[[Sequence[str], int, float], dict[str, Any]]
-    groups: Sequence[Sequence[str]]
-
-
-LOOPS = {"trainer": Loop(trainers.run, trainers.GROUPS), "processes": Loop(processes.run, processes.GROUPS)}
-"""Benchmarks with their own loop and methods."""
+LOOPS: dict[str, Any] = {"trainer": trainers, "processes": processes}
+"""Benchmarks with their own loop, `run`, and methods, `GROUPS`."""
 
 MODELS = ("lstm", "translation", "resnet", "trainer")
 PARTS = {
@@ -65,8 +52,8 @@ def bench(
         workloads: names in `WORKLOADS` and `LOOPS`.
         methods: names in `METHODS`; `base` is always added.
         rounds: interleaved steps of each method.
-        minutes: begin no step after this time. An interrupted measurement keeps its rounds if they are `FEWEST` or
-            more; otherwise the next call repeats it.
+        minutes: begin no step after this time; an interrupted measurement with fewer than `FEWEST` rounds is repeated
+            by the next call.
         output_dir: folder to write to, and to continue from.
         device: `cpu` or `cuda`; default: the GPU if there is one.
 
@@ -86,14 +73,10 @@ def bench(
     then = "give it more minutes"
     for name in workloads:
         found = content["results"].setdefault(name, {})
-        # Skipped methods are tried again: a peer may be installed by now, or memory free.
-        todo = [m for m in methods if "step" not in found.get(m, {})]
         loop = LOOPS.get(name)
-        for group in _groups(WORKLOADS[name], todo) if loop is None else _unfinished(loop, found):
-            measured: dict[str, Any] = {}
-            if time.monotonic() < end:
-                run = loop.run if loop else partial(measure, name, place)
-                measured = run(group, rounds, end)
+        run = loop.run if loop else partial(measure, name, place)
+        for group in _groups(name, methods, found):
+            measured = run(group, rounds, end) if time.monotonic() < end else {}
             if not measured:
                 _write(folder, content)
                 print(f"Time is up before {name} is done; {then}.")
@@ -113,16 +96,16 @@ def workloads_of(part: str | None, device: str | None = None) -> Sequence[str]:
     return PARTS[part]
 
 
-def _groups(workload: Workload, methods: Sequence[str]) -> list[list[str]]:
-    """Methods that are interleaved with each other: all, or, if each needs much memory, pairs with the base."""
-    others = [m for m in methods if m != "base"]
-    if not workload.bytes_each or not others:
-        return [["base", *others]] if methods else []
-    return [["base", m] for m in others]
-
-
-def _unfinished(loop: Loop, found: dict[str, Any]) -> list[Sequence[str]]:
-    return [group for group in loop.groups if not set(group) <= set(found)]
+def _groups(name: str, methods: Sequence[str], found: Mapping[str, Any]) -> list[Sequence[str]]:
+    """What is left of a workload: methods that are interleaved with each other; in pairs with the base, if large."""
+    if name in LOOPS:
+        return [group for group in LOOPS[name].GROUPS if not set(group) <= set(found)]
+    # Skipped methods are tried again: a peer may be installed by now, or memory free.
+    todo = [m for m in methods if "step" not in found.get(m, {})]
+    others = [m for m in todo if m != "base"]
+    if WORKLOADS[name].bytes_each and others:
+        return [["base", m] for m in others]
+    return [["base", *others]] if todo else []
 
 
 def measure(name: str, device: torch.device, methods: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
@@ -130,13 +113,20 @@ def measure(name: str, device: torch.device, methods: Sequence[str], rounds: int
     workload = WORKLOADS[name]
     if reason := _too_large(workload, device, len(methods)):
         return {method: {"skipped": reason} for method in methods}
+
+    def three_steps(method: str) -> Any:
+        step, optimizer = make(method, Made(workload, device))
+        for _ in range(3):
+            step()
+        return step, optimizer
+
     rows: dict[str, Any] = {}
     peaks = {}
     for method in methods:
         if time.monotonic() >= end:
             return {}
         try:
-            peaks[method] = peak_bytes(device, partial(_three_steps, method, workload, device))
+            peaks[method] = peak_bytes(device, partial(three_steps, method))
         except NotInstalled as missing:
             rows[method] = {"skipped": str(missing)}
     steps = {method: make(method, Made(workload, device))[0] for method in peaks}
@@ -145,23 +135,21 @@ def measure(name: str, device: torch.device, methods: Sequence[str], rounds: int
     if not seconds:
         return {}
     del steps
-    base, sizes = seconds["base"], [p.numel() for p in Made(workload, device).params]
-    shared: dict[str, Any] = {"base_step": base["step"], "base_optimizer": base["optimizer"]}
-    shared |= {"parameters": sum(sizes), "tensors": len(sizes)}
+    sizes = [p.numel() for p in Made(workload, device).params]
+    shared = {f"base_{key}": values for key, values in seconds["base"].items()}
     for method, found in seconds.items():
-        sent = 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0)
-        rows[method] = {**found, **shared, "peak_bytes": peaks[method], "extra_bytes_sent": sent}
-        rows[method] |= _traffic(workload, method, device)
+        rows[method] = {
+            **found,
+            **shared,
+            "parameters": sum(sizes),
+            "tensors": len(sizes),
+            "peak_bytes": peaks[method],
+            "extra_bytes_sent": 4 * sum(sizes) * EXTRA_ALL_REDUCES.get(method, 0),
+            **_traffic(workload, method, device),
+        }
         if method in PEERS:
             rows[method]["package"] = f"{PEERS[method]} {version(PEERS[method])}"
     return rows
-
-
-def _three_steps(method: str, workload: Workload, device: torch.device) -> Any:
-    step, optimizer = make(method, Made(workload, device))
-    for _ in range(3):
-        step()
-    return step, optimizer
 
 
 def _traffic(workload: Workload, method: str, device: torch.device) -> dict[str, Any]:
@@ -171,10 +159,9 @@ def _traffic(workload: Workload, method: str, device: torch.device) -> dict[str,
         return {"floor": own, "moved": own}
     if config is None or config.batch_fraction < 1:
         return {}
-    least = floor_of(config, workload.workers)
     swaps = device.type == "cpu" if config.swap is None else config.swap
     ours = moved(config, swaps, workload.workers)
-    return {"floor": own + least.total, "moved": own + ours.total}
+    return {"floor": own + floor_of(config, workload.workers), "moved": own + ours}
 
 
 def _too_large(workload: Workload, device: torch.device, methods: int) -> str | None:
@@ -182,9 +169,7 @@ def _too_large(workload: Workload, device: torch.device, methods: int) -> str | 
         return "needs a GPU."
     needed = workload.bytes_each * methods
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > 0.8 * free:
-        return f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free."
-    return None
+    return f"needs {needed / 1e9:.0f} GB, and {free / 1e9:.0f} are free." if needed > 0.8 * free else None
 
 
 def _start(path: Path, device: torch.device) -> dict[str, Any]:
@@ -199,19 +184,18 @@ def _start(path: Path, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if path.exists():
-        content: dict[str, Any] = read_json(path)
-        differing = [name for name, value in machine.items() if content["machine"].get(name) != value]
-        if differing:
-            was, now = content["machine"].get(differing[0]), machine[differing[0]]
+    if not path.exists():
+        return {"machine": machine, "copy_bandwidth": copy_bandwidth(device), "results": {}}
+    content: dict[str, Any] = read_json(path)
+    for name, now in machine.items():
+        if (was := content["machine"].get(name)) != now:
             raise ValueError(
-                f"{path} holds results of another machine or precision ({differing[0]} was {was!r} and is {now!r}); "
+                f"{path} holds results of another machine or precision ({name} was {was!r} and is {now!r}); "
                 "allowed: another output_dir."
             )
-        # The fastest copy of all calls, because a busy machine would raise the floor.
-        content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))
-        return content
-    return {"machine": machine, "copy_bandwidth": copy_bandwidth(device), "results": {}}
+    # The fastest copy of all calls, because a busy machine would raise the floor.
+    content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))
+    return content
 
 
 def _processor() -> str:

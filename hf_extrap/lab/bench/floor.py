@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 import torch
 
@@ -15,45 +14,25 @@ BASES = {"sgd": 3, "nesterov": 5, "adamw": 7}
 """Reads and writes of a base optimizer's own step: x and the gradient read, x written, each state read and written."""
 
 
-class Traffic(NamedTuple):
-    """Reads and writes of tensors as large as the parameters, in one step.
+def floor_of(config: ExtrapConfig, workers: int = 1) -> float:
+    """The least reads and writes of tensors as large as the parameters that the scheme adds to a step of the base.
 
-    Attributes:
-        move: from x to y, before the forward pass.
-        capture: of the gradient that is, or becomes, a direction, in one backward pass.
-        back: from y to x.
-        step: in addition to the base optimizer's.
-    """
-
-    move: float
-    capture: float
-    back: float
-    step: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(self)
-
-
-def floor_of(config: ExtrapConfig, workers: int = 1) -> Traffic:
-    """The least traffic of the scheme: x and d read, y written; a worker's own gradient read and written, or the last
-    update written. In local scope each worker moves, and keeps a gradient.
-
-    A fused kernel of the base optimizer's step could also compute every norm. It cannot write the next y: the step size
-    follows a learning rate that the schedule sets later, and the parameters hold x between steps.
+    x and d are read and y written; a worker's own gradient is read and written, or the last update written. In local
+    scope each worker moves, and keeps a gradient. A fused kernel of the base optimizer's step could also compute every
+    norm. It cannot write the next y: the step size follows a learning rate that the schedule sets later, and the
+    parameters hold x between steps.
     """
     if not config.moves:
-        return Traffic(0, 0, 0, 0)
+        return 0
     moves = workers if config.is_local else 1
     if config.is_noise:
-        return Traffic(move=2 * moves, capture=0, back=0, step=0)
-    update = 1 if config.direction == "past_update" else 0
-    return Traffic(move=3 * moves, capture=2 * moves if config.is_local else 0, back=0, step=update)
+        return 2 * moves
+    kept = 2 * moves if config.is_local else 0
+    return 3 * moves + kept + (config.direction == "past_update")
 
 
-def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> Traffic:
-    """The traffic of `Extrapolated`, without statistics.
+def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> float:
+    """The reads and writes that `Extrapolated` adds to a step of the base, without statistics.
 
     Args:
         config: the scheme, with a numeric step size, no preconditioner, and directions on the parameters' device.
@@ -61,7 +40,7 @@ def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> Traffic:
         workers: number of virtual workers of this process.
     """
     if not config.moves:
-        return Traffic(0, 0, 0, 0)
+        return 0
     moves = workers if config.is_local else 1
     # Noise is drawn into a separate tensor. A fresh global gradient is written by the backward pass.
     drawn = 1 if config.is_noise else 0
@@ -72,14 +51,9 @@ def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> Traffic:
         step += 2 + 3 + 2
     elif config.scales_by_step or config.max_displacement is not None:
         step += 2 + 3 + 1
-    kept = config.direction == "past_gradient" and not config.is_local
-    captured = 2 if config.direction in ("gradient", "past_gradient") and not kept else 0
-    return Traffic(
-        move=(drawn + norms + 3 + (0 if swap else 2)) * moves,
-        capture=captured * moves,
-        back=0 if swap else 2 * moves,
-        step=step + (2 if kept else 0),
-    )
+    captured = 2 if config.direction in ("gradient", "past_gradient") else 0
+    there, back = drawn + norms + 3 + (0 if swap else 2), 0 if swap else 2
+    return (there + captured + back) * moves + step
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 28, rounds: int = 9) -> float:

@@ -20,7 +20,6 @@ from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.optim.extrapolated import Extrapolated
 
-from .methods import Step
 from .timing import MANY, interleaved
 from .workloads import WORKLOADS, Made
 
@@ -47,10 +46,8 @@ def run(kinds: Sequence[str], rounds: int, end: float, name: str = "lstm") -> di
         ValueError: if the processes fail, with their first error.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", __name__]
-    words = [name, str(rounds), str(end), *kinds]
-    done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    words = [*command, name, str(rounds), str(end), *kinds]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise ValueError(f"the benchmark of two processes failed: {_reason(done.stderr)}")
     rows: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -93,25 +90,22 @@ def _measure(name: str, rounds: int, end: float, kinds: Sequence[str]) -> dict[s
 
     def over() -> bool:
         # The first process decides for both, so that they end at the same step.
-        told = torch.tensor(int(time.monotonic() >= end))
+        told = torch.tensor(time.monotonic() >= end).int()
         dist.broadcast(told, 0)
         return bool(told)
 
     factor, block = (MANY, BLOCK) if tuple(kinds) == CLOSE else (1, 1)
     found = interleaved(steps, factor * rounds, over=over, block=block)
-    sent = {kind: _sent(step) for kind, step in steps.items()}
+    sent = {}
+    for kind, step in steps.items():
+        with CollectiveCounter() as counter:
+            step()
+        sent[kind] = sum(counter.sizes.values())
     shared = {"block": block, "parameters": parameters, "base_step": found["base"]["step"] if found else []}
     return {
         kind: {"step": row["step"], "extra_bytes_sent": sent[kind] - sent["base"], **shared}
         for kind, row in found.items()
     }
-
-
-def _sent(step: Step) -> int:
-    """Bytes of the tensors in the collectives of a step."""
-    with CollectiveCounter() as counter:
-        step()
-    return sum(counter.sizes.values())
 
 
 if __name__ == "__main__":

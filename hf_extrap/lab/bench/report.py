@@ -25,13 +25,13 @@ OTHERS = {
 def write_report(content: Mapping[str, Any], folder: Path) -> None:
     """Write `bench.md` and `bench.png` from the content of `bench.json`."""
     write_text(folder / "bench.md", table(content))
-    rows = {
-        name: {m: r for m, r in found.items() if "step" in r and m != "base"}
-        for name, found in content["results"].items()
-        if name in WORKLOADS and not WORKLOADS[name].flat
-    }
-    if any(rows.values()):
-        draw({name: found for name, found in rows.items() if found}, folder / "bench.png")
+    rows = {}
+    for name, found in content["results"].items():
+        measured = {method: row for method, row in found.items() if "step" in row and method != "base"}
+        if measured and name in WORKLOADS and not WORKLOADS[name].flat:
+            rows[name] = measured
+    if rows:
+        draw(rows, folder / "bench.png")
 
 
 def table(content: Mapping[str, Any]) -> str:
@@ -93,11 +93,10 @@ def _cells(method: str, row: Mapping[str, Any], bandwidth: float, flat: bool, ow
 
 def growth(content: Mapping[str, Any]) -> str:
     """The optimizer's time as a straight line, a · parameters + b · tensors, through all flat lists, in Markdown."""
-    flat = {name: found for name, found in content["results"].items() if name in WORKLOADS and WORKLOADS[name].flat}
-    methods = dict.fromkeys(method for found in flat.values() for method, row in found.items() if "optimizer" in row)
+    flat = [found for name, found in content["results"].items() if name in WORKLOADS and WORKLOADS[name].flat]
     rows = []
-    for method in methods:
-        found = [results[method] for results in flat.values() if "optimizer" in results.get(method, {})]
+    for method in dict.fromkeys(method for results in flat for method in results):
+        found = [results[method] for results in flat if "optimizer" in results.get(method, {})]
         if len(found) < 3:
             continue
         sizes = np.array([[row["parameters"], row["tensors"]] for row in found], float)

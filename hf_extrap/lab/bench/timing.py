@@ -54,10 +54,9 @@ def interleaved(
             if over():
                 return found if round_ >= WARM_UPS + min(FEWEST, rounds) else {}
             samples[name] = np.median([_timed(steps[name]) for _ in range(block)], axis=0)
-        if round_ >= WARM_UPS:
-            for name, (step, optimizer) in samples.items():
-                found[name]["step"].append(float(step))
-                found[name]["optimizer"].append(float(optimizer))
+        for name, sample in samples.items() if round_ >= WARM_UPS else ():
+            for key, seconds in zip(("step", "optimizer"), sample, strict=True):
+                found[name][key].append(float(seconds))
         tick()
     return found
 

@@ -38,9 +38,8 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 def _model() -> nn.Module:
     from hf_extrap.recipes.language_modeling.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
 
-    return ExtrapLstmForCausalLM(
-        ExtrapLstmConfig(vocab_size=1000, hidden_size=128, embedding_size=128, num_hidden_layers=1, dropout=0.0)
-    )
+    sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "embedding_size": 128, "num_hidden_layers": 1}
+    return ExtrapLstmForCausalLM(ExtrapLstmConfig(**sizes, dropout=0.0))
 
 
 def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
@@ -48,17 +47,10 @@ def run(kinds: Sequence[str], rounds: int, end: float) -> dict[str, Any]:
     with tqdm(total=WARM_UPS + MANY * rounds, desc="trainer", unit="round") as bar:
         trainings = {kind: partial(_train, kind) for kind in kinds}
         found = interleaved(trainings, MANY * rounds, bar.update, lambda: time.monotonic() >= end)
-    parameters = sum(p.numel() for p in _model().parameters())
-    return {
-        # The time of a whole training includes its start; the time of its steps is what it returns.
-        kind: {
-            "step": row["optimizer"],
-            "base_step": found["base"]["optimizer"],
-            "block": STEPS - UNCOUNTED,
-            "parameters": parameters,
-        }
-        for kind, row in found.items()
-    }
+    # The time of a whole training includes its start; the time of its steps is what it returns.
+    shared: dict[str, Any] = {"base_step": found["base"]["optimizer"]} if found else {}
+    shared |= {"block": STEPS - UNCOUNTED, "parameters": sum(p.numel() for p in _model().parameters())}
+    return {kind: {"step": row["optimizer"], **shared} for kind, row in found.items()}
 
 
 def _train(kind: str) -> float:

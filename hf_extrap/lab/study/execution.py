@@ -37,19 +37,13 @@ class Deadline(TrainerCallback):
 
 
 def execute(cell: Cell, folder: RunFolder, command: str, deadline: float | None = None) -> tuple[Row, list[Row]]:
-    """Train one run, or resume it; an error becomes a row with the status `failed`.
-
-    Args:
-        cell: the run.
-        folder: where it works.
-        command: what the user typed.
-        deadline: in seconds since the epoch.
+    """Train one run in its folder, or resume it; an error becomes a row with the status `failed`.
 
     Returns:
         Its row and its history.
 
     Raises:
-        OutOfTime: the deadline passed.
+        OutOfTime: the deadline passed, in seconds since the epoch.
     """
     began = time.perf_counter()
     row, history, given = cell.identity, [], {}
@@ -58,8 +52,7 @@ def execute(cell: Cell, folder: RunFolder, command: str, deadline: float | None 
         if not folder.is_finished:
             if folder.last_checkpoint() is not None:
                 configuration.training_arguments.resume_from_checkpoint = "true"
-            callbacks = [Deadline(deadline)] if deadline is not None else []
-            run(configuration, command, callbacks, print_logs=False)
+            run(configuration, command, [Deadline(deadline)] if deadline is not None else [], print_logs=False)
         # Read back, so that numbers that are not finite are null.
         history = folder.read_history()
         row |= _measured(folder.read_metrics(), history)
@@ -86,26 +79,28 @@ def _measured(metrics: dict[str, Any], history: list[dict[str, Any]]) -> Row:
     steps, seconds = metrics["steps"], metrics["seconds_per_step"]
     per_step = gradients_per_step(ExtrapConfig.from_dict(metrics["extrap"]), steps)
     losses = [row["loss"] for row in history if row.get("loss") is not None]
-    same = ("status", "diverged_at", "task", "metric", "greater_is_better", "extrap", "optimizer", "device")
+    same = (
+        *("status", "diverged_at", "task", "metric", "greater_is_better", "extrap", "optimizer", "device"),
+        *("learning_rate", "peak_learning_rate", "train_loss", "steps", "epochs"),
+    )
+    split = {
+        # Without the prefix, and without times.
+        prefix: {
+            name.removeprefix(prefix): value
+            for name, value in (found or {}).items()
+            if name.startswith(prefix) and not name.endswith(DROPPED) and isinstance(value, int | float)
+        }
+        for prefix, found in (("eval_", metrics["eval"]), ("test_", metrics["test"]))
+    }
     return {
         **{name: metrics[name] for name in same},
         "batch_size": metrics["global_batch_units"],
-        **{name: metrics[name] for name in ("learning_rate", "peak_learning_rate", "train_loss", "steps", "epochs")},
         "first_loss": losses[0] if losses else None,
-        "validation": _split(metrics["eval"], "eval_"),
-        "test": _split(metrics["test"] or {}, "test_"),
+        "validation": split["eval_"],
+        "test": split["test_"],
         "seconds_per_step": seconds,
         # Without evaluations, and whole for a run that was resumed.
         "seconds": seconds * steps if seconds is not None else None,
         "gradients_per_step": per_step,
         "gradients": per_step * steps,
-    }
-
-
-def _split(found: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers of one split, without its name and without times."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in found.items()
-        if name.startswith(prefix) and not name.endswith(DROPPED) and isinstance(value, int | float)
     }

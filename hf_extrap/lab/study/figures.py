@@ -10,21 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
-from hf_extrap.lab.figures import (
-    Point,
-    across_seeds,
-    add_legend,
-    draw_seeds,
-    finish,
-    focus,
-    make_panels,
-    mark_beyond,
-    style_of,
-    use_logarithm,
-    within_fences,
-)
+from hf_extrap.lab import figures
+from hf_extrap.lab.figures import add_legend, finish, make_panels, style_of, use_logarithm
 from hf_extrap.lab.study.results import Entry, Results, worker_words
 from hf_extrap.lab.study.statistics import Estimate
 from hf_extrap.recipes.figures import spoken
@@ -48,16 +36,7 @@ def draw(results: Results, folder: Path) -> dict[str, str]:
         The caption of each file.
     """
     drawn = {}
-    figures: dict[str, Callable[[Results], Drawn]] = {
-        "batch_size.png": draw_batch_sizes,
-        "differences.png": draw_differences,
-        "scaling.png": draw_scaling,
-        "curves.png": draw_curves,
-        "learning_rates.png": draw_learning_rates,
-        "sensitivity.png": draw_sensitivity,
-        "along_training.png": draw_along_training,
-    }
-    for name, make in figures.items():
+    for name, make in FIGURES.items():
         # A figure of an earlier report would show other rows.
         (folder / name).unlink(missing_ok=True)
         if (made := make(results)) is not None:
@@ -66,36 +45,29 @@ def draw(results: Results, folder: Path) -> dict[str, str]:
     return drawn
 
 
-def _style(results: Results, method: str) -> dict[str, Any]:
-    return style_of(list(results.study.methods), method)
-
-
-def _fit(axes: Axes, results: Results, points: Sequence[Point]) -> bool:
+def _fit(axes: Axes, results: Results, points: Sequence[figures.Point]) -> bool:
     """Fit the axis of the leading metric to its points, a perplexity's by the logarithm; whether any lies outside."""
     perplexity = results.metric == "perplexity"
-    outside = focus(axes, points, logarithmic=perplexity)
+    outside = figures.focus(axes, points, logarithmic=perplexity)
     low, high = axes.get_ylim() if outside else axes.dataLim.intervaly
     if perplexity and low > 0 and high > 4 * low:
-        use_logarithm(axes)
+        use_logarithm(axes.yaxis)
     return outside
 
 
-def _over_batches(axes: Axes, results: Results, value: Callable[[Entry], Estimate | None]) -> list[Point]:
+def _over_batches(axes: Axes, results: Results, value: Callable[[Entry], Estimate | None]) -> list[figures.Point]:
     """Draw means with the seeds' standard deviation over the batch size, a line a method; the points drawn."""
-    drawn: list[Point] = []
+    drawn: list[figures.Point] = []
     for method in results.study.methods:
-        style = _style(results, method)
-        points = [
-            (entry.batch_size, found.mean, found.std or 0.0)
-            for entry in results.entries
-            if entry.method == method and entry.batch_size is not None and (found := value(entry)) is not None
-        ]
+        style = style_of(results.study.methods, method)
+        entries = [entry for entry in results.entries if entry.method == method and entry.batch_size is not None]
+        points = sorted((e.batch_size or 0.0, found.mean, found.std or 0.0) for e in entries if (found := value(e)))
         if points:
-            batches, means, deviations = zip(*sorted(points), strict=True)
+            batches, means, deviations = zip(*points, strict=True)
             # A spread as long as its mean has no lower end on a logarithmic axis.
-            spread = [[min(d, 0.9 * abs(m)) for m, d in zip(means, deviations, strict=True)], deviations]
+            spread = [np.minimum(deviations, 0.9 * np.abs(means)), deviations]
             axes.errorbar(batches, means, spread, capsize=3, markersize=5, linewidth=1.3, **style)
-            drawn += [(batch, mean, style["color"]) for batch, mean in zip(batches, means, strict=True)]
+            drawn += [(batch, mean, style["color"]) for batch, mean, _ in points]
     ticks = sorted({batch for batch, _, _ in drawn})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{batch:,.0f}" for batch in ticks])
@@ -123,47 +95,42 @@ def draw_batch_sizes(results: Results) -> Drawn:
 
 def draw_differences(results: Results) -> Drawn:
     """The paired difference of each method to the baseline, a line a method, a panel a batch size."""
-    found: dict[int, dict[str, Estimate]] = {}
-    for entry in results.entries:
-        if entry.difference is not None:
-            found.setdefault(entry.workers, {})[entry.method] = entry.difference
+    found = [entry for entry in results.entries if entry.difference is not None]
     if not found:
         return None
-    methods = [method for method in results.study.methods if any(method in panel for panel in found.values())]
-    columns = min(len(found), 4)
-    figure, panels = make_panels(len(found), height=0.24 * len(methods) + 0.9, columns=columns)
-    baseline, beyond = results.study.baseline, False
-    for index, (axes, (workers, panel)) in enumerate(zip(panels, found.items(), strict=True)):
-        beyond |= _draw_differences(axes, results, methods, panel)
+    methods = [method for method in results.study.methods if any(entry.method == method for entry in found)]
+    batches = list(dict.fromkeys(entry.workers for entry in found))
+    columns = min(len(batches), 4)
+    figure, panels = make_panels(len(batches), height=0.24 * len(methods) + 0.9, columns=columns)
+    beyond = False
+    for index, (axes, workers) in enumerate(zip(panels, batches, strict=True)):
+        shown = {e.method: e.difference for e in found if e.workers == workers and e.difference}
+        least, most = figures.within_fences([difference.mean for difference in shown.values()], must=[0.0])
+        ends, outside = [0.0], False
+        for method, difference in shown.items():
+            style = style_of(results.study.methods, method) | {"linestyle": "none"}
+            at, mean = methods.index(method), difference.mean
+            if least <= mean <= most:
+                low, high = (mean if end is None else end for end in (difference.low, difference.high))
+                axes.errorbar([mean], [at], xerr=[[mean - low], [high - mean]], capsize=3, markersize=5, **style)
+                ends += [low, high]
+            else:
+                above, outside = mean > most, True
+                edge: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+                axes.plot([float(above)], [at], ">" if above else "<", color=style["color"], **edge)
+        if outside:
+            margin = 0.06 * (max(ends) - min(ends))
+            axes.set_xlim(min(ends) - margin, max(ends) + margin)
+        beyond |= outside
         axes.axvline(0, color="0.5", linestyle=":", linewidth=1)
         axes.set_ylim(len(methods) - 0.5, -0.5)
         axes.set_yticks(range(len(methods)), methods if index % columns == 0 else [""] * len(methods))
-        finish(axes, worker_words(workers), f"minus {baseline}", grid="x")
+        finish(axes, worker_words(workers), f"minus {results.study.baseline}", grid="x")
     better = "right" if results.greater_is_better else "left"
     return figure, (
-        f"{results.split.capitalize()} {spoken(results.metric)} minus that of {baseline}, paired by seed: "
-        f"mean and 95 % interval; {better} of the line is better{BEYOND if beyond else ''}."
+        f"{results.split.capitalize()} {spoken(results.metric)} minus that of {results.study.baseline}, paired by "
+        f"seed: mean and 95 % interval; {better} of the line is better{BEYOND if beyond else ''}."
     )
-
-
-def _draw_differences(axes: Axes, results: Results, methods: Sequence[str], panel: dict[str, Estimate]) -> bool:
-    """One panel of differences, its axis fitted to those that are not far out; whether any is."""
-    least, most = within_fences([difference.mean for difference in panel.values()], must=[0.0])
-    ends, outside = [0.0], False
-    for method, difference in panel.items():
-        style, at, mean = _style(results, method) | {"linestyle": "none"}, methods.index(method), difference.mean
-        if least <= mean <= most:
-            low = mean if difference.low is None else difference.low
-            high = mean if difference.high is None else difference.high
-            axes.errorbar([mean], [at], xerr=[[mean - low], [high - mean]], capsize=3, markersize=5, **style)
-            ends += [low, high]
-        else:
-            above, outside = mean > most, True
-            mark_beyond(axes, float(above), at, ">" if above else "<", style["color"], axes.get_yaxis_transform())
-    if outside:
-        margin = 0.06 * (max(ends) - min(ends))
-        axes.set_xlim(min(ends) - margin, max(ends) + margin)
-    return outside
 
 
 def draw_scaling(results: Results) -> Drawn:
@@ -183,13 +150,13 @@ def draw_scaling(results: Results) -> Drawn:
             line = np.array([start[0], largest])
             perfect = start[0] * start[1] / line
             axes.plot(line, perfect, color="0.4", linestyle="--", linewidth=1, label="perfect scaling")
-        use_logarithm(axes)
+        use_logarithm(axes.yaxis)
         finish(axes, {"gradients": "Gradients per worker"}.get(name, name.capitalize()), "batch size")
     if not drawn:
         return None
-    limits = [axes.get_ylim() for axes in panels[:2]]
+    limits = np.array([axes.get_ylim() for axes in panels[:2]])
     for axes in panels[:2]:
-        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axes.set_ylim(limits.min(), limits.max())
     add_legend(figure, panels)
     return figure, (
         f"Steps, gradients per worker (a fresh direction pays twice) and seconds to validation "
@@ -197,15 +164,25 @@ def draw_scaling(results: Results) -> Drawn:
     )
 
 
+def _over_steps(results: Results, key: str, workers: int) -> dict[str, np.ndarray]:
+    """What each method with the batch size logged under the key, as `across_seeds` returns it."""
+    lines = {}
+    for entry in results.entries:
+        # Logged with an evaluation, it has `eval_` before it.
+        logged = (figures.across_seeds(entry.histories, name) for name in (key, f"eval_{key}"))
+        line = max(logged, key=lambda line: line.shape[1])
+        if entry.workers == workers and line.shape[1] > 1 and line[2].any():
+            lines[entry.method] = line
+    return lines
+
+
 def draw_curves(results: Results) -> Drawn:
     """The leading metric over the steps with the last batch size."""
     workers = results.study.batches[-1].workers
     figure, (axes,) = make_panels(1, height=3.6)
-    points: list[Point] = []
-    for entry in results.entries:
-        line = across_seeds(entry.histories, f"eval_{results.metric}")
-        if entry.workers == workers and line.shape[1] > 1:
-            points += draw_seeds(axes, line, _style(results, entry.method))
+    points: list[figures.Point] = []
+    for method, line in _over_steps(results, f"eval_{results.metric}", workers).items():
+        points += figures.draw_seeds(axes, line, style_of(results.study.methods, method))
     if not points:
         return None
     if results.target is not None and results.target_metric == results.metric:
@@ -220,26 +197,17 @@ def draw_curves(results: Results) -> Drawn:
 
 def draw_along_training(results: Results) -> Drawn:
     """The noise scale and the sharpness over the steps, a panel for the smallest and one for the largest batch."""
-    found = {}
-    for key, title in ALONG.items():
-        for workers in sorted({results.study.batches[0].workers, results.study.batches[-1].workers}):
-            lines = {}
-            for entry in results.entries:
-                # Logged with an evaluation, it has `eval_` before it.
-                logged = [across_seeds(entry.histories, name) for name in (key, f"eval_{key}")]
-                line = max(logged, key=lambda line: line.shape[1])
-                if entry.workers == workers and line.shape[1] > 1 and line[2].any():
-                    lines[entry.method] = line
-            if lines:
-                found[f"{title}, {worker_words(workers)}"] = lines
+    ends = sorted({results.study.batches[0].workers, results.study.batches[-1].workers})
+    places = {f"{title}, {worker_words(k)}": _over_steps(results, key, k) for key, title in ALONG.items() for k in ends}
+    found = {title: lines for title, lines in places.items() if lines}
     if not found:
         return None
     figure, panels = make_panels(len(found), height=2.9, columns=2)
     for axes, (title, lines) in zip(panels, found.items(), strict=True):
         for method, line in lines.items():
-            draw_seeds(axes, line, _style(results, method))
+            figures.draw_seeds(axes, line, style_of(results.study.methods, method))
         if all((line[1] > 0).all() for line in lines.values()):
-            use_logarithm(axes)
+            use_logarithm(axes.yaxis)
         finish(axes, title, "step")
     add_legend(figure, panels)
     return figure, "Along training: mean and range of the seeds, each method at its best."
@@ -249,26 +217,21 @@ def draw_learning_rates(results: Results) -> Drawn:
     """Validation against the learning rate, at the best of the other searched fields."""
     batches = [batch.workers for batch in results.study.batches]
     figure, panels = make_panels(len(batches))
-    better = max if results.greater_is_better else min
     drawn = beyond = False
     for axes, workers in zip(panels, batches, strict=True):
-        points: list[Point] = []
+        points: list[figures.Point] = []
         for entry in results.entries:
-            found: dict[float, float] = {}
-            for point, score in entry.trials if entry.workers == workers else []:
-                if "learning_rate" in point and math.isfinite(score):
-                    rate = float(point["learning_rate"])
-                    found[rate] = better(score, found.get(rate, score))
-            if len(found) > 1:
-                style = _style(results, entry.method)
+            # From the worst to the best: of several at one rate the last one is kept.
+            trials = sorted(entry.trials, key=lambda trial: trial[1], reverse=not results.greater_is_better)
+            finite = [(p["learning_rate"], s) for p, s in trials if "learning_rate" in p and math.isfinite(s)]
+            found = {float(rate): score for rate, score in finite}
+            if entry.workers == workers and len(found) > 1:
+                style = style_of(results.study.methods, entry.method)
                 axes.plot(*zip(*sorted(found.items()), strict=True), linewidth=1.3, markersize=5, **style)
                 points += [(rate, score, style["color"]) for rate, score in found.items()]
         drawn |= bool(points)
         axes.set_visible(bool(points))
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=5))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        use_logarithm(axes.xaxis, ticks=5)
         finish(axes, worker_words(workers), "learning rate")
         beyond |= _fit(axes, results, points)
     if not drawn:
@@ -306,24 +269,33 @@ def draw_sensitivity(results: Results) -> Drawn:
 
 def _heat_map(axes: Axes, entry: Entry, lists: dict[str, list[Any]], results: Results) -> None:
     (across, columns), (down, rows) = lists.items()
-    table, diverged = np.full((len(rows), len(columns)), np.nan), np.zeros((len(rows), len(columns)), bool)
-    better = np.fmax if results.greater_is_better else np.fmin
+    # Of several trials at one place the best is shown; a diverged one is infinitely bad.
+    table, better = np.full((len(rows), len(columns)), np.nan), np.fmax if results.greater_is_better else np.fmin
     for point, score in entry.trials:
         at = rows.index(point[down]), columns.index(point[across])
-        diverged[at] |= not math.isfinite(score)
-        if math.isfinite(score):
-            table[at] = better(table[at], score)
-    shown = -table if results.greater_is_better else table
-    finite = shown[np.isfinite(shown)]
-    best = float(finite.min()) if finite.size else 0.0
+        table[at] = better(table[at], score)
+    shown = np.where(np.isfinite(table), -table if results.greater_is_better else table, np.nan)
     # One value far from the others must not hide the differences between those.
-    worst = max(float(np.quantile(finite, 0.8)), best + 1e-12) if finite.size else 1.0
+    best, worst = np.nanquantile(shown if np.isfinite(shown).any() else [0.0, 1.0], [0.0, 0.8])
+    worst = max(worst, best + 1e-12)
     axes.imshow(shown, cmap="cividis", aspect="auto", vmin=best, vmax=worst)
     for (row, column), value in np.ndenumerate(table):
-        word = f"{value:.3g}" if math.isfinite(value) else "×" if diverged[row, column] else ""
+        word = "" if math.isnan(value) else f"{value:.3g}" if math.isfinite(value) else "×"
         dark = shown[row, column] <= (best + worst) / 2
         axes.text(column, row, word, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     for axis, (name, values) in zip((axes.xaxis, axes.yaxis), lists.items(), strict=True):
         labels = [f"{value:.3g}" if isinstance(value, int | float) else str(value) for value in values]
         axis.set_ticks(range(len(values)), labels, fontsize=8)
         axis.set_label_text(name.removeprefix("extrap_").replace("_", " "), fontsize=9)
+
+
+FIGURES: dict[str, Callable[[Results], Drawn]] = {
+    "batch_size.png": draw_batch_sizes,
+    "differences.png": draw_differences,
+    "scaling.png": draw_scaling,
+    "curves.png": draw_curves,
+    "learning_rates.png": draw_learning_rates,
+    "sensitivity.png": draw_sensitivity,
+    "along_training.png": draw_along_training,
+}
+"""The file and the function of each figure."""

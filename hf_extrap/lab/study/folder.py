@@ -67,7 +67,7 @@ class StudyFolder:
         """Write down a run that is done, and forget its own folder."""
         text = "".join(json.dumps(compact, allow_nan=False) + "\n" for compact in map(_compact, history))
         if text:
-            write_text(self.history_path(row["fingerprint"]), text)
+            write_text(self.path / HISTORIES / f"{row['fingerprint']}.jsonl", text)
         path = self.path / ROWS_FILE
         with open(path, "a+b") as file:
             file.seek(0)
@@ -77,13 +77,9 @@ class StudyFolder:
             os.fsync(file.fileno())
         shutil.rmtree(self.run_folder(row["fingerprint"]).path, ignore_errors=True)
 
-    def history_path(self, fingerprint: str) -> Path:
-        """The compact history of a run."""
-        return self.path / HISTORIES / f"{fingerprint}.jsonl"
-
     def history(self, fingerprint: str) -> list[dict[str, Any]]:
         """The rows of a run's compact history; empty if it logged nothing."""
-        path = self.history_path(fingerprint)
+        path = self.path / HISTORIES / f"{fingerprint}.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def run_folder(self, fingerprint: str) -> RunFolder:
@@ -97,10 +93,9 @@ def study_folder(study: Study, output_dir: str | Path | None) -> StudyFolder:
 
 
 def _compact(row: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {
-        name: value
+    """The kept items, with six digits, which are more than a figure shows."""
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) else value
         for name, value in plain(row).items()
         if (name in KEPT or name.startswith(("eval_", "extrap/"))) and not name.endswith(DROPPED)
     }
-    # Six digits are more than a figure shows.
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in kept.items()}

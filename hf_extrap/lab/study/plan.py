@@ -56,7 +56,8 @@ class Cell:
     @property
     def label(self) -> str:
         """The run, as the progress shows it."""
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in self.point.items())
+        short = {name: f"{value:g}" if isinstance(value, float) else value for name, value in self.point.items()}
+        shown = ", ".join(f"{name} {value}" for name, value in short.items())
         return f"{self.stage} {self.method} × {self.workers} ({shown}; seed {self.seed})"
 
     @property
@@ -116,9 +117,8 @@ class Chain:
             ValueError: a field is unknown, or a value is not allowed.
         """
         points = grid(self.values) if self.study.search.kind == "grid" else corners(self.values)
-        seed = self.study.seeds[0]
         try:
-            return [resolve(self.study.config, self._words(point, seed)) for point in points]
+            return [resolve(self.study.config, self._words(point, self.study.seeds[0])) for point in points]
         except ValueError as error:
             raise ValueError(f"method {self.method!r} with {self.workers} workers: {error}") from error
 
@@ -129,28 +129,22 @@ class Chain:
         recorded = self._recorded(rows)
         trials: list[Trial] = []
         while len(trials) < self.study.search.trials and all(trial.is_done for trial in trials):
-            point = recorded.get(len(trials)) or self._suggest(trials, _greater_is_better(rows))
-            trials.append(self._trial(len(trials), point, rows))
+            number, key = len(trials), tuple(trial.score for trial in trials)
+            if number not in recorded and key not in self._suggested:
+                earlier, seed = [(trial.point, trial.score) for trial in trials], self.study.search.seed + number
+                self._suggested[key] = suggest(self.values, earlier, seed, _greater_is_better(rows))
+            trials.append(self._trial(number, recorded.get(number) or self._suggested[key], rows))
         return trials
-
-    def _suggest(self, earlier: list[Trial], greater_is_better: bool) -> Point:
-        key = (len(earlier), *(trial.score for trial in earlier))
-        if key not in self._suggested:
-            scored = [(trial.point, trial.score) for trial in earlier]
-            self._suggested[key] = suggest(
-                self.values, scored, self.study.search.seed + len(earlier), greater_is_better
-            )
-        return self._suggested[key]
 
     def _recorded(self, rows: Rows) -> dict[int, Point]:
         """The points of the rows: another release of Optuna would suggest others."""
-        found = {}
+        ours = ("tune", self.method, self.workers, set(self.values))
+        found: dict[int, Point] = {}
         for row in rows.values():
-            if (row["stage"], row["method"], row["workers"]) == ("tune", self.method, self.workers):
-                point, number = row["point"], row["trial"]
-                if set(point) == set(self.values):
-                    if self._cell("tune", number, point, row["seed"]).fingerprint == row["fingerprint"]:
-                        found[number] = point
+            if (row["stage"], row["method"], row["workers"], set(row["point"])) == ours:
+                cell = self._cell("tune", row["trial"], row["point"], row["seed"])
+                if cell.fingerprint == row["fingerprint"]:
+                    found[cell.trial] = cell.point
         return found
 
     def _trial(self, number: int, point: Point, rows: Rows) -> Trial:
@@ -185,10 +179,9 @@ class Chain:
 
     def cells(self, rows: Rows) -> list[Cell]:
         """The runs that are known: the trials, and once they are done the final runs of the best one."""
-        tuning = [cell for trial in self.trials(rows) for cell in trial.cells]
-        if (best := self.best(rows)) is None:
-            return tuning
-        return tuning + [self._cell("final", best.number, best.point, seed) for seed in self.study.seeds]
+        best = self.best(rows)
+        finals = [self._cell("final", best.number, best.point, seed) for seed in self.study.seeds] if best else []
+        return [cell for trial in self.trials(rows) for cell in trial.cells] + finals
 
     def _words(self, point: Point, seed: int) -> tuple[str, ...]:
         fields = {**self._fields, **point}
@@ -246,8 +239,7 @@ class Plan:
 
     def ready(self, rows: Rows) -> list[Cell]:
         """The runs that can begin: known, and not done; one of each fingerprint."""
-        waiting = {cell.fingerprint: cell for cell in self.cells(rows) if cell.fingerprint not in rows}
-        return list(waiting.values())
+        return list({cell.fingerprint: cell for cell in self.cells(rows) if cell.fingerprint not in rows}.values())
 
     def left(self, rows: Rows) -> int:
         """How many runs are still to do, those included that are not known yet."""
@@ -256,7 +248,3 @@ class Plan:
 
 def _greater_is_better(rows: Rows) -> bool:
     return bool(next((row["greater_is_better"] for row in rows.values() if row.get("metric")), False))
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

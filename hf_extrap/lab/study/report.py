@@ -20,10 +20,11 @@ from hf_extrap.recipes.tables import make_table
 
 REPORT_FILE, SUMMARY_FILE = "report.md", "summary.json"
 
-INTERVAL = "95 % interval"
+Cells = list[tuple[str, str]]
+"""A row of a table: titles of the columns and texts."""
 
-Table = list[list[tuple[str, str]]]
-"""Rows of cells, each a column's title and its text."""
+Table = tuple[list[str], list[list[str]]]
+"""Titles of the columns, and the rows of texts."""
 
 
 def report_study(
@@ -56,17 +57,12 @@ def report_study(
     for title, tables in _sections(results):
         console.print(f"\n{title}", style="bold", highlight=False)
         for table in tables:
-            console.print(make_table(None, *_split(table)))
+            console.print(make_table(None, *table))
     for sentence in _sentences(results):
         console.print(sentence, style="dim", soft_wrap=True, highlight=False)
     for name in (REPORT_FILE, SUMMARY_FILE, *figures):
         console.print(str(folder.path / name), soft_wrap=True, highlight=False)
     return results
-
-
-def _split(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Titles of the columns, and the rows of texts."""
-    return [title for title, _ in table[0]], [[text for _, text in row] for row in table]
 
 
 def _sections(results: Results) -> list[tuple[str, list[Table]]]:
@@ -75,15 +71,17 @@ def _sections(results: Results) -> list[tuple[str, list[Table]]]:
     for batch in results.study.batches:
         entries = [entry for entry in results.entries if entry.workers == batch.workers]
         size = next((entry.batch_size for entry in entries if entry.batch_size is not None), None)
-        tables = [[_quality(results, entry) for entry in entries], [_cost(results, entry) for entry in entries]]
-        if any(entry.sharpness for entry in entries):
-            tables.append([_sharpness(results, entry) for entry in entries])
+        kinds = [_quality, _cost, *([_sharpness] if any(entry.sharpness for entry in entries) else [])]
         if entries:
+            rows = [[kind(results, entry) for entry in entries] for kind in kinds]
+            tables = [
+                ([title for title, _ in table[0]], [[text for _, text in row] for row in table]) for table in rows
+            ]
             found.append((worker_words(batch.workers) + (f", batch size {size:,.0f}" if size else ""), tables))
     return found
 
 
-def _quality(results: Results, entry: Entry) -> list[tuple[str, str]]:
+def _quality(results: Results, entry: Entry) -> Cells:
     # A loss differs in digits that a perplexity or an accuracy does not have.
     digits = ".3f" if results.metric == "loss" else ".2f"
     settings = [
@@ -91,26 +89,21 @@ def _quality(results: Results, entry: Entry) -> list[tuple[str, str]]:
         for name, value in (entry.point or {}).items()
     ]
     lost, done, planned = len(entry.finals) - len(entry.finished), len(entry.finished), entry.seeds_planned
-    score = _plus_minus(entry.test, digits)
+    (title, score), interval = _estimate(f"{results.split} {spoken(results.metric)}", entry.test, digits)
     if entry.test is None:
         score = "diverged" if lost else "–"
     elif done < planned:
         score += f" ({done}/{planned} seeds{f', {lost} diverged or failed' if lost else ''})"
-    row = [
-        ("method", entry.method),
-        ("best settings", ", ".join(settings) or "–"),
-        (f"{results.split} {spoken(results.metric)}", score),
-        (INTERVAL, _interval(entry.test, digits)),
-    ]
+    row = [("method", entry.method), ("best settings", ", ".join(settings) or "–"), (title, score), interval]
     if baseline := results.study.baseline:
-        row += _difference(baseline, entry.difference, f"+{digits}")
         # A method that is ten gaps worse or more is shown as that.
         share = entry.gap_closed
-        row.append(("gap closed", "under −1,000 %" if share is not None and share < -10 else _number(share, ".0%")))
+        gap = "under −1,000 %" if share is not None and share < -10 else _number(share, ".0%")
+        row += [*_estimate(f"minus {baseline}", entry.difference, f"+{digits}"), ("gap closed", gap)]
     return row
 
 
-def _cost(results: Results, entry: Entry) -> list[tuple[str, str]]:
+def _cost(results: Results, entry: Entry) -> Cells:
     row = [("method", entry.method)]
     if results.target:
         steps = entry.to_target.get("steps")
@@ -128,16 +121,16 @@ def _cost(results: Results, entry: Entry) -> list[tuple[str, str]]:
     return [*row, ("largest rate", _number(entry.largest_learning_rate, ".3g"))]
 
 
-def _sharpness(results: Results, entry: Entry) -> list[tuple[str, str]]:
-    row = [("method", entry.method), ("sharpness at the end", _plus_minus(entry.sharpness, ".2f"))]
-    row.append((INTERVAL, _interval(entry.sharpness, ".2f")))
+def _sharpness(results: Results, entry: Entry) -> Cells:
+    row = [("method", entry.method), *_estimate("sharpness at the end", entry.sharpness, ".2f")]
     if baseline := results.study.baseline:
-        row += _difference(baseline, entry.sharpness_difference, "+.2f")
+        row += _estimate(f"minus {baseline}", entry.sharpness_difference, "+.2f")
     return row
 
 
-def _difference(baseline: str, found: Estimate | None, form: str) -> list[tuple[str, str]]:
-    return [(f"minus {baseline}", _plus_minus(found, form)), (INTERVAL, _interval(found, form))]
+def _estimate(title: str, found: Estimate | None, form: str) -> Cells:
+    interval = "–" if found is None or found.low is None else f"{found.low:{form}} … {found.high:{form}}"
+    return [(title, _plus_minus(found, form)), ("95 % interval", interval)]
 
 
 def _plus_minus(found: Estimate | None, form: str) -> str:
@@ -145,10 +138,6 @@ def _plus_minus(found: Estimate | None, form: str) -> str:
     if found is None:
         return "–"
     return format(found.mean, form) + ("" if found.std is None else f" ± {found.std:{form.removeprefix('+')}}")
-
-
-def _interval(found: Estimate | None, form: str) -> str:
-    return "–" if found is None or found.low is None else f"{found.low:{form}} … {found.high:{form}}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -199,7 +188,7 @@ def markdown(results: Results, figures: dict[str, str], command: str) -> str:
     lines += [text for sentence in _sentences(results) for text in (sentence, "")]
     for title, tables in _sections(results):
         lines += [f"## {title[:1].upper()}{title[1:]}", ""]
-        for columns, rows in map(_split, tables):
+        for columns, rows in tables:
             lines += [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
             lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
     for name, caption in figures.items():
@@ -213,23 +202,20 @@ def markdown(results: Results, figures: dict[str, str], command: str) -> str:
 
 def summary(results: Results) -> dict[str, Any]:
     """The content of summary.json."""
-    entries = []
-    for entry in results.entries:
-        content = dataclasses.asdict(entry)
-        for name in ("tuning", "finals", "histories", "trials"):
-            del content[name]
-        entries.append(
-            content
-            | {
-                "trials": [{"point": point, "score": score} for point, score in entry.trials],
-                "seeds_finished": len(entry.finished),
-                "seeds_done": len(entry.finals),
-                "diverged_trials": entry.diverged_trials,
-                "largest_learning_rate": entry.largest_learning_rate,
-                "finals": [row["fingerprint"] for row in entry.finals],
-            }
-        )
     names = ("metric", "greater_is_better", "split", "target_metric", "target", "missing", "left", "size")
+    left_out = ("tuning", "finals", "histories", "trials")
+    entries = [
+        {name: value for name, value in dataclasses.asdict(entry).items() if name not in left_out}
+        | {
+            "trials": [{"point": point, "score": score} for point, score in entry.trials],
+            "seeds_finished": len(entry.finished),
+            "seeds_done": len(entry.finals),
+            "diverged_trials": entry.diverged_trials,
+            "largest_learning_rate": entry.largest_learning_rate,
+            "finals": [row["fingerprint"] for row in entry.finals],
+        }
+        for entry in results.entries
+    ]
     return plain(
         {
             "study": results.study.name,

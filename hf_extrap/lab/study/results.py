@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hf_extrap.lab.study.folder import StudyFolder
 from hf_extrap.lab.study.plan import Chain, Plan, Row, Rows
 from hf_extrap.lab.study.search import Point
-from hf_extrap.lab.study.specification import Reference, Study
+from hf_extrap.lab.study.specification import Reference, Study, Target
 from hf_extrap.lab.study.statistics import (
     Estimate,
     estimate,
@@ -18,6 +18,7 @@ from hf_extrap.lab.study.statistics import (
     steps_to,
 )
 from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.recipes.figures import series
 
 PERFECT_SCALING_MARGIN = 1.2
 """A batch size is within perfect scaling up to so many times the steps that it would take."""
@@ -74,7 +75,12 @@ class Entry:
     @property
     def largest_learning_rate(self) -> float | None:
         """The largest peak learning rate of a tuning run that ended below its first loss; None if none did."""
-        return max((row["peak_learning_rate"] for row in self.tuning if _trained(row)), default=None)
+        rates = []
+        for row in self.tuning:
+            losses = row.get("first_loss"), row.get("validation", {}).get("loss")
+            if row["status"] == "finished" and (None in losses or losses[1] < losses[0]):
+                rates.append(row["peak_learning_rate"])
+        return max(rates, default=None)
 
     @property
     def reached_by_all(self) -> Estimate | None:
@@ -88,12 +94,9 @@ class Entry:
 
     def sharpness_by_seed(self) -> dict[int, float]:
         """The last sharpness that each finished seed has logged, by its seed."""
-        found = {}
-        for row, history in zip(self.finals, self.histories, strict=True):
-            values = [line[SHARPNESS] for line in history if line.get(SHARPNESS) is not None]
-            if row["status"] == "finished" and values:
-                found[row["seed"]] = values[-1]
-        return found
+        values = [series(history, SHARPNESS)[1] for history in self.histories]
+        logged = zip(self.finals, values, strict=True)
+        return {row["seed"]: found[-1] for row, found in logged if row["status"] == "finished" and found}
 
 
 @dataclass
@@ -119,13 +122,10 @@ class Results:
     left: int
     size: int
 
-    def entry(self, method: str | None, workers: int) -> Entry | None:
-        """One method at one batch size."""
-        return next((e for e in self.entries if (e.method, e.workers) == (method, workers)), None)
-
     def of(self, reference: Reference | None) -> Entry | None:
         """The entry that a study's file refers to."""
-        return self.entry(reference.method, reference.workers) if reference else None
+        place = (reference.method, reference.workers) if reference else None
+        return next((entry for entry in self.entries if (entry.method, entry.workers) == place), None)
 
     @property
     def target_is_greater(self) -> bool:
@@ -179,7 +179,7 @@ def gather(plan: Plan, folder: StudyFolder) -> Results:
         entry.sharpness = estimate(list(entry.sharpness_by_seed().values()))
     if study.target is not None:
         results.target_metric = (study.target.metric or metric).removeprefix("eval_")
-        results.target = _target(results)
+        results.target = _target(results, study.target)
     for entry in entries:
         _compare(entry, results)
     for entry in entries:
@@ -189,31 +189,22 @@ def gather(plan: Plan, folder: StudyFolder) -> Results:
 
 
 def _entry(chain: Chain, rows: Rows, folder: StudyFolder) -> Entry:
-    def done(stage: str) -> list[Row]:
-        return [rows[c.fingerprint] for c in chain.cells(rows) if c.stage == stage and c.fingerprint in rows]
-
-    best, finals, tuning = chain.best(rows), done("final"), done("tune")
+    done = [(cell.stage, rows[cell.fingerprint]) for cell in chain.cells(rows) if cell.fingerprint in rows]
+    tuning, finals = ([row for stage, row in done if stage == wanted] for wanted in ("tune", "final"))
     paces = [row["seconds_per_step"] for row in finals if row.get("seconds_per_step")]
     return Entry(
         chain.method,
         chain.workers,
-        [(trial.point, trial.score) for trial in chain.trials(rows) if trial.is_done],
-        tuning,
-        finals,
-        [folder.history(row["fingerprint"]) for row in finals],
-        chain.study.search.trials,
-        len(chain.study.seeds),
-        best.point if best else None,
+        trials=[(trial.point, trial.score) for trial in chain.trials(rows) if trial.is_done],
+        tuning=tuning,
+        finals=finals,
+        histories=[folder.history(row["fingerprint"]) for row in finals],
+        trials_planned=chain.study.search.trials,
+        seeds_planned=len(chain.study.seeds),
+        point=best.point if (best := chain.best(rows)) else None,
         batch_size=next((row["batch_size"] for row in [*finals, *tuning] if "batch_size" in row), None),
         seconds_per_step=sum(paces) / len(paces) if paces else None,
     )
-
-
-def _trained(row: Row) -> bool:
-    if row["status"] != "finished":
-        return False
-    first, last = row["first_loss"], row["validation"].get("loss")
-    return first is None or last is None or last < first
 
 
 def _missing(entries: list[Entry]) -> list[str]:
@@ -231,15 +222,13 @@ def _missing(entries: list[Entry]) -> list[str]:
     return found
 
 
-def _target(results: Results) -> float | None:
-    target, name = results.study.target, results.target_metric
-    assert target is not None
+def _target(results: Results, target: Target) -> float | None:
+    entry = results.of(target.from_)
     if target.from_ is None:
         return target.value
-    entry = results.of(target.from_)
     if entry is None or len(entry.finished) < entry.seeds_planned:
         return None
-    values = [row["validation"].get(name) for row in entry.finished]
+    values = [row["validation"].get(results.target_metric) for row in entry.finished]
     if None in values:
         raise ValueError(f"target.metric is {target.metric!r}; allowed: {', '.join(entry.finished[0]['validation'])}.")
     mean = sum(values) / len(values)
@@ -248,7 +237,7 @@ def _target(results: Results) -> float | None:
 
 def _compare(entry: Entry, results: Results) -> None:
     """Fill in what an entry is beside the baseline and the reference, and its cost to the target."""
-    baseline = results.entry(results.study.baseline, entry.workers)
+    baseline = results.of(Reference(results.study.baseline, entry.workers)) if results.study.baseline else None
     reference = results.of(results.study.reference)
     if baseline is not None and entry.seconds_per_step and baseline.seconds_per_step:
         entry.relative_seconds = entry.seconds_per_step / baseline.seconds_per_step
@@ -259,17 +248,12 @@ def _compare(entry: Entry, results: Results) -> None:
             means = entry.test.mean, baseline.test.mean, reference.test.mean
             entry.gap_closed = gap_closed(*means, results.greater_is_better)
     if results.target is not None and entry.finals:
-        costs = [_cost(row, history, results) for row, history in zip(entry.finals, entry.histories, strict=True)]
+        costs = []
+        for row, history in zip(entry.finals, entry.histories, strict=True):
+            steps = steps_to(results.target, history, results.target_metric or "", results.target_is_greater)
+            if row["status"] == "finished" and steps is not None:
+                gradients = steps * gradients_per_step(ExtrapConfig.from_dict(row["extrap"]), steps)
+                pace = row["seconds_per_step"]
+                costs.append((steps, gradients, math.nan if pace is None else steps * pace))
         for index, name in enumerate(("steps", "gradients", "seconds")):
-            entry.to_target[name] = estimate([cost[index] for cost in costs if cost is not None])
-
-
-def _cost(row: Row, history: list[Row], results: Results) -> tuple[float, float, float] | None:
-    """Steps, gradients and seconds of one run to the target; None if it does not reach it."""
-    assert results.target is not None and results.target_metric is not None
-    steps = steps_to(results.target, history, results.target_metric, results.target_is_greater)
-    if row["status"] != "finished" or steps is None:
-        return None
-    gradients = steps * gradients_per_step(ExtrapConfig.from_dict(row["extrap"]), steps)
-    seconds = row["seconds_per_step"]
-    return steps, gradients, math.nan if seconds is None else steps * seconds
+            entry.to_target[name] = estimate([cost[index] for cost in costs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -17,14 +18,6 @@ from hf_extrap.lab.study.folder import StudyFolder, study_folder
 from hf_extrap.lab.study.plan import Cell, Plan, Row
 from hf_extrap.lab.study.pool import quiet, start, stop
 from hf_extrap.lab.study.specification import Study, read_study
-
-LOST: Row = {
-    "status": "failed",
-    "message": "a process of the study was killed",
-    "wall_clock_seconds": 0.0,
-    "configuration": {},
-}
-"""What the row of a run holds whose process was killed."""
 
 
 def run_study(
@@ -117,17 +110,15 @@ class _Runner:
         while len(self.running) < self.jobs:
             taken = {cell.fingerprint for cell in self.running.values()}
             ready = [cell for cell in self.plan.ready(self.rows) if cell.fingerprint not in taken]
-            cell = next(filter(self._ends_in_time, ready), None)
+            # The first one that is expected to end in time.
+            rows, now = list(self.rows.values()), time.time()
+            end = math.inf if self.deadline is None else self.deadline
+            cell = next((cell for cell in ready if now + (expected_seconds(cell, rows) or 0.0) <= end), None)
             if cell is None:
                 break
             folder = self.folder.run_folder(cell.fingerprint)
             self.running[self.executor.submit(execute, cell, folder, self.command, self.deadline)] = cell
         return bool(self.running)
-
-    def _ends_in_time(self, cell: Cell) -> bool:
-        if self.deadline is None:
-            return True
-        return time.time() + (expected_seconds(cell, list(self.rows.values())) or 0.0) <= self.deadline
 
     def _keep(self, future: Future[Any], console: Console) -> None:
         """Record a run that ended."""
@@ -135,7 +126,8 @@ class _Runner:
         try:
             row, history = future.result()
         except BrokenExecutor:
-            row, history = cell.identity | LOST, []
+            lost = {"status": "failed", "message": "a process of the study was killed", "wall_clock_seconds": 0.0}
+            row, history = cell.identity | lost | {"configuration": {}}, []
         self.folder.append(row, history)
         self.rows[cell.fingerprint] = row
         self.failed += row["status"] == "failed"
@@ -151,14 +143,14 @@ class _Runner:
     def _summary(self) -> str:
         left, seconds = self.plan.left(self.rows), self._seconds_left()
         hopeless = [f"{c.method} × {c.workers}" for c in self.plan.chains if c.is_hopeless(self.rows)]
-        words = [f"{self.plan.size - left} of {self.plan.size} runs are done in {self.folder.path}"]
-        if left:
-            words.append(f"{left} are left" + (f", about {_spoken(seconds)}" if seconds is not None else ""))
-        if self.failed:
-            words.append(f"{self.failed} failed, see `message` in rows.jsonl; the next call tries them again")
-        if hopeless:
-            words.append(f"no trial of {', '.join(hopeless)} trained, so none is reported")
-        return "; ".join(words) + "."
+        about = f", about {_spoken(seconds)}" if seconds is not None else ""
+        words: list[Any] = [
+            f"{self.plan.size - left} of {self.plan.size} runs are done in {self.folder.path}",
+            left and f"{left} are left{about}",
+            self.failed and f"{self.failed} failed, see `message` in rows.jsonl; the next call tries them again",
+            hopeless and f"no trial of {', '.join(hopeless)} trained, so none is reported",
+        ]
+        return "; ".join(word for word in words if word) + "."
 
 
 def expected_seconds(cell: Cell, rows: Sequence[Row]) -> float | None:

@@ -21,13 +21,8 @@ def grid(values: Mapping[str, Values]) -> list[Point]:
 
 def corners(values: Mapping[str, Values]) -> list[Point]:
     """Points that show whether a space is allowed: all the first or lowest values, and all the last or highest."""
-    return [
-        {
-            name: (value.low, value.high)[end] if isinstance(value, Range) else value[-end]
-            for name, value in values.items()
-        }
-        for end in (0, 1)
-    ]
+    ends = {n: (v.low, v.high) if isinstance(v, Range) else (v[0], v[-1]) for n, v in values.items()}
+    return [{name: pair[end] for name, pair in ends.items()} for end in (0, 1)]
 
 
 def suggest(
@@ -49,9 +44,8 @@ def suggest(
     try:
         import optuna
     except ImportError as error:
-        raise ValueError(
-            "search.kind is 'optuna', and optuna is not installed: pip install 'hf_extrap[lab]'."
-        ) from error
+        needed = "pip install 'hf_extrap[lab]'"
+        raise ValueError(f"search.kind is 'optuna', and optuna is not installed: {needed}.") from error
     logging.getLogger("optuna").setLevel(logging.WARNING)
     distributions: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(value.low, value.high, log=value.log)
@@ -61,17 +55,15 @@ def suggest(
     }
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(5, max(2, len(values) + 1)))
     study = optuna.create_study(direction="maximize" if greater_is_better else "minimize", sampler=sampler)
+    # Optuna takes no infinite values: a diverged trial is as bad as the worst that came back, and a little more.
+    sign = -1 if greater_is_better else 1
+    worst = max((sign * score for _, score in earlier if math.isfinite(score)), default=0.0)
     for point, score in earlier:
-        # Optuna takes no infinite values: a diverged trial is as bad as the worst that came back, and a little more.
-        finite = [value for _, value in earlier if math.isfinite(value)]
-        worst = (min(finite) if greater_is_better else max(finite)) if finite else 0.0
-        margin = -abs(worst) - 1 if greater_is_better else abs(worst) + 1
-        value = score if math.isfinite(score) else worst + margin
+        value = score if math.isfinite(score) else sign * (worst + abs(worst) + 1)
         study.add_trial(optuna.trial.create_trial(params=point, distributions=distributions, value=value))
     asked = study.ask(distributions).params
-    return {name: _rounded(asked[name], values[name]) for name in values}
-
-
-def _rounded(value: Any, of: Values) -> Any:
     # Four digits: the same on every machine, and short enough to be told.
-    return min(of.high, max(of.low, float(f"{value:.4g}"))) if isinstance(of, Range) else value
+    return {
+        name: min(of.high, max(of.low, float(f"{asked[name]:.4g}"))) if isinstance(of, Range) else asked[name]
+        for name, of in values.items()
+    }

@@ -147,8 +147,8 @@ class Study:
     baseline: str | None = None
 
     def __post_init__(self) -> None:
-        all_workers = [batch.workers for batch in self.batches]
-        for name, values in (("seeds", self.seeds), ("tune_seeds", self.tune_seeds), ("batches", all_workers)):
+        batches = [batch.workers for batch in self.batches]
+        for name, values in (("seeds", self.seeds), ("tune_seeds", self.tune_seeds), ("batches", batches)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} holds one twice: {values}; allowed: different ones.")
         if not self.tune_seeds and self.search.trials > 1:
@@ -158,47 +158,40 @@ class Study:
                 f"seeds and tune_seeds both hold {both[0]}; allowed: different ones, so that no reported run was "
                 "selected by its own score."
             )
-        for name, method in self.methods.items():
-            self._check_method(name, method)
-        for name, found in (("reference", self.reference), ("target.from", self.target.from_ if self.target else None)):
-            if found is not None:
-                self._check_name(f"{name}.method", found.method)
-                if found.workers not in (run := self.workers_of(found.method)):
-                    raise ValueError(
-                        f"{name}: {found.method!r} does not run with {found.workers} workers; allowed: {listed(run)}."
-                    )
-        self._check_name("baseline", self.baseline)
         places = {"fields": self.fields, **{f"batches with {b.workers} workers": b.fields for b in self.batches}}
-        for where, fields in places.items():
-            if "extrap" in fields:
-                raise ValueError(f"{where} gives extrap; allowed: a method's fields.")
+        if wrong := [where for where, fields in places.items() if "extrap" in fields]:
+            raise ValueError(f"{wrong[0]} gives extrap; allowed: a method's fields.")
         for name, method in self.methods.items():
+            self._check_method(f"methods.{name}", name, method)
             places |= {f"methods.{name}.fields": method.fields, f"methods.{name}.search": method.search}
         for where, fields in places.items():
             if reserved := [name for name in RESERVED if name in fields]:
                 raise ValueError(f"{where} gives {reserved[0]}, which a study sets for each run.")
+        start = self.target.from_ if self.target else None
+        for where, found in (("baseline", self.baseline), ("reference", self.reference), ("target.from", start)):
+            method = found.method if isinstance(found, Reference) else found
+            if method is not None and method not in self.methods:
+                where += ".method" * isinstance(found, Reference)
+                raise ValueError(f"{where} is {method!r}; allowed: a method of the study, {listed(self.methods)}.")
+            if isinstance(found, Reference) and found.workers not in (run := self.workers_of(found.method)):
+                raise ValueError(
+                    f"{where}: {method!r} does not run with {found.workers} workers; allowed: {listed(run)}."
+                )
 
-    def _check_name(self, where: str, method: str | None) -> None:
-        if method is not None and method not in self.methods:
-            raise ValueError(f"{where} is {method!r}; allowed: a method of the study, {listed(self.methods)}.")
-
-    def _check_method(self, name: str, method: Method) -> None:
-        where = f"methods.{name}"
+    def _check_method(self, where: str, name: str, method: Method) -> None:
         if "extrap" not in method.fields and name not in PRESETS:
             raise ValueError(f"{where} names no preset; give it `fields: {{extrap: …}}`, one of {listed(PRESETS)}.")
-        all_workers = [batch.workers for batch in self.batches]
-        if (own := method.workers) is not None and (
-            not own or len(set(own)) < len(own) or not set(own) <= {*all_workers}
-        ):
-            raise ValueError(f"{where}.workers is {own}; allowed: different ones of {listed(all_workers)}.")
+        batches, own = [batch.workers for batch in self.batches], method.workers
+        if own is not None and (not own or len(set(own)) < len(own) or not set(own) <= {*batches}):
+            raise ValueError(f"{where}.workers is {own}; allowed: different ones of {listed(batches)}.")
         for key, values in method.search.items():
             if isinstance(values, Range) and self.search.kind == "grid":
                 raise ValueError(f"{where}.search.{key} is a range; allowed with search.kind grid: a list.")
             if isinstance(values, list) and (not values or len(set(map(str, values))) < len(values)):
                 raise ValueError(f"{where}.search.{key} is {values}; allowed: a list of different values.")
-        if method.scale_learning_rate != "none":
-            rates = method.search.get("learning_rate", [None])
-            if isinstance(rates, list) and not all(type(rate) in (int, float) for rate in rates):
+        rates = method.search.get("learning_rate", [None])
+        if method.scale_learning_rate != "none" and isinstance(rates, list):
+            if not all(type(rate) in (int, float) for rate in rates):
                 raise ValueError(f"{where} has scale_learning_rate; allowed: with numbers in search.learning_rate.")
         points = math.prod(len(values) for values in method.search.values() if isinstance(values, list))
         if self.search.kind == "grid" and points != self.search.trials:

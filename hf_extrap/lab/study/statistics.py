@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,22 +37,16 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate | None:
     """The estimate from the values of the seeds; None without values or if one is not finite."""
-    if not values or not all(map(math.isfinite, values)):
+    if not values or not np.isfinite(values).all():
         return None
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Estimate(mean, None, None, None, 1)
     low = high = mean
     if len(set(values)) > 1:
-        found = bootstrap(
-            (np.asarray(values, float),),
-            np.mean,
-            confidence_level=CONFIDENCE,
-            n_resamples=9999,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
+        data, rng = (np.asarray(values, float),), np.random.default_rng(0)
+        found = bootstrap(data, np.mean, confidence_level=CONFIDENCE, method="percentile", rng=rng)
+        low, high = map(float, found.confidence_interval)
     return Estimate(mean, statistics.stdev(values), low, high, len(values))
 
 
@@ -84,12 +77,8 @@ def gap_closed(score: float, baseline: float, reference: float, greater_is_bette
 def gradients_per_step(config: ExtrapConfig, steps: int) -> float:
     """Gradient evaluations a step for each worker, averaged over the run; a share of a batch counts as that share."""
     active = [step for step in range(steps) if config.is_active(step)]
-    if config.is_fresh:
-        extra = config.batch_fraction * len(active)
-    elif config.is_past and config.step_size == "auto":
-        extra = sum(step % config.probe_every == 0 for step in active)
-    else:
-        extra = 0.0
+    probes = [step for step in active if step % config.probe_every == 0] if config.step_size == "auto" else []
+    extra = config.batch_fraction * len(active) if config.is_fresh else len(probes) if config.is_past else 0.0
     return 1 + extra / max(steps, 1)
 
 

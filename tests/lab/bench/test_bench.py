@@ -17,7 +17,7 @@ import torch
 from hf_extrap.cli import main
 from hf_extrap.lab.bench import bench as module
 from hf_extrap.lab.bench import methods, workloads
-from hf_extrap.lab.bench.bench import LOOPS, PARTS, Loop, workloads_of
+from hf_extrap.lab.bench.bench import LOOPS, PARTS, workloads_of
 from hf_extrap.lab.bench.methods import METHODS, NotInstalled, make
 from hf_extrap.lab.bench.report import growth
 from hf_extrap.lab.bench.timing import WARM_UPS, Step
@@ -200,7 +200,7 @@ def test_each_group_of_a_loop_is_run_once(tmp_path: Path, monkeypatch: pytest.Mo
         calls.append((*kinds, str(rounds)))
         return {kind: row for kind in kinds if len(calls) != 2}
 
-    monkeypatch.setitem(LOOPS, "trainer", Loop(run, [("base", "none"), ("base", "extrap")]))
+    monkeypatch.setitem(LOOPS, "trainer", SimpleNamespace(run=run, GROUPS=[("base", "none"), ("base", "extrap")]))
     for _ in range(3):
         found = bench(["trainer"], ["base"], tmp_path)
     # Time ended in the second group, with which the second call continues.

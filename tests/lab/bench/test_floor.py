@@ -80,15 +80,14 @@ def counted(config: ExtrapConfig, workers: int = 1) -> float:
 def test_a_step_moves_what_the_formulas_say(preset: str, swap: bool, workers: int) -> None:
     config = ExtrapConfig.preset(preset, swap=swap)
     stock = counted(ExtrapConfig(), workers)
-    assert counted(config, workers) - stock == pytest.approx(moved(config, swap, workers).total)
+    assert counted(config, workers) - stock == pytest.approx(moved(config, swap, workers))
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_floor_is_below(preset: str, workers: int) -> None:
     config = ExtrapConfig.preset(preset)
-    ours, least = moved(config, workers=workers), floor_of(config, workers)
-    assert all(a >= b for a, b in zip(ours, least, strict=True))
+    assert moved(config, workers=workers) >= floor_of(config, workers)
 
 
 @pytest.mark.parametrize("base", BASES)
