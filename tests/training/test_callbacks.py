@@ -1,4 +1,4 @@
-"""A run that diverges is stopped, at once, and nothing of it is evaluated."""
+"""A run that diverges is stopped at once and is not evaluated."""
 
 from __future__ import annotations
 
