@@ -13,11 +13,8 @@ from hf_extrap.lab.figures import across_seeds, add_legend, focus, make_panels, 
 
 def triangles(axes: Axes) -> list[tuple[str, float, float, str]]:
     """Marker, place and colour of each mark at an edge."""
-    return [
-        (str(line.get_marker()), float(line.get_xdata()[0]), float(line.get_ydata()[0]), str(line.get_color()))
-        for line in axes.lines
-        if line.get_marker() in ("^", "v")
-    ]
+    marks = [line for line in axes.lines if line.get_marker() in ("^", "v")]
+    return [(m.get_marker(), float(m.get_xdata()[0]), float(m.get_ydata()[0]), m.get_color()) for m in marks]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +44,7 @@ def test_points_far_out_do_not_set_the_axis(sign: int) -> None:
     assert triangles(axes) == [("^", 2.0, 1.0, "red") if sign > 0 else ("v", 2.0, 0.0, "red")]
 
 
-def test_axes_without_points_far_out_stay_unchanged() -> None:
+def test_axes_without_points_far_out_and_means_of_seeds() -> None:
     points = [(float(x), math.exp(x), "black") for x in range(8)]
     linear, logarithmic = Figure().subplots(1, 2)
     assert not focus(logarithmic, points, logarithmic=True)
@@ -58,9 +55,6 @@ def test_axes_without_points_far_out_stay_unchanged() -> None:
     before = axes.get_ylim()
     assert not focus(axes, [(0.0, 1.0, "black"), (1.0, 2.0, "black")])
     assert axes.get_ylim() == before and axes.get_autoscaley_on()
-
-
-def test_seeds_are_averaged_where_all_have_a_number() -> None:
     seeds = [
         [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}],
         [{"step": 3, "loss": 3.0}, {"step": 1, "loss": 6.0}, {"step": 2, "loss": 9.0}],

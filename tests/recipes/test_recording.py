@@ -40,6 +40,6 @@ def test_a_step_is_timed_with_its_wait_from_the_second_on(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("event", "intervals"), [("log", [4.5, 3.0, 9.5]), ("evaluate", [4.5, 3.0]), ("save", [4.5, 3.0])]
 )
-def test_other_events(tmp_path: Path, event: str, intervals: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_and_events(tmp_path: Path, event: str, intervals: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = recorded(tmp_path, [*STEPS, (20.0, event), (27.0, "step_begin"), (28.0, "step_end")], monkeypatch)
     assert recorder.waits == [0.5, 1.0] and recorder.intervals == intervals

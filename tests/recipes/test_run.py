@@ -195,12 +195,8 @@ def test_deepspeed_trains_the_same_model(
     zero["zero_optimization"] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     words = ("--extrap", preset, "--dropout", "0")
-    launch(
-        Path(__file__).parents[1] / "support" / "cpu_deepspeed.py",
-        *("train", tiny_language_model, *words, "--output_dir", tmp_path / "zero"),
-        *("--deepspeed", tmp_path / "zero.json"),
-        processes=2,
-    )
+    given = ("--output_dir", tmp_path / "zero", "--deepspeed", tmp_path / "zero.json")
+    launch("tests/support/cpu_deepspeed.py", "train", tiny_language_model, *words, *given, processes=2)
     metrics = json.loads((tmp_path / "zero/metrics.json").read_text())
     assert (metrics["world_size"], metrics["optimizer"]) == (2, "SGD")
     assert metrics["ranks_identical"] is (True if stage == 2 else None)

@@ -25,14 +25,12 @@ WriteStudy = Callable[..., Path]
 
 
 def run(study: Path, **options: Any) -> tuple[int, str]:
-    """The exit code, and what was shown."""
-    shown = io.StringIO()
-    code = run_study(study, output_dir=study.parent / "out", console=Console(file=shown, width=200), **options)
-    return code, shown.getvalue()
+    """The exit code, and what was printed."""
+    console = Console(file=io.StringIO(), width=200)
+    return run_study(study, output_dir=study.parent / "out", console=console, **options), console.file.getvalue()
 
 
 def rows_of(study: Path) -> list[dict[str, Any]]:
-    """The lines of rows.jsonl."""
     return [json.loads(line) for line in (study.parent / "out/rows.jsonl").read_text().splitlines()]
 
 
@@ -171,21 +169,6 @@ def test_runs_end_in_time(computed: ComputedRuns, write_study: WriteStudy, monke
     assert run(study)[0] == 0 and len(rows_of(study)) == 28
 
 
-def test_expected_seconds_come_from_like_runs() -> None:
-    def row(method: str, workers: int, seconds: float, status: str = "finished") -> dict[str, Any]:
-        return {"method": method, "workers": workers, "wall_clock_seconds": seconds, "status": status}
-
-    def cell(method: str, workers: int) -> Cell:
-        return Cell("s", "tune", method, workers, 0, {}, 0, "x")
-
-    rows = [row("a", 1, 10), row("a", 1, 20), row("b", 1, 60), row("b", 4, 2, "diverged")]
-    assert expected_seconds(cell("a", 1), rows) == 15
-    assert expected_seconds(cell("c", 1), rows) == 30
-    # A run that diverged takes less time than one that does not.
-    assert expected_seconds(cell("b", 4), rows) == 30
-    assert expected_seconds(cell("a", 1), []) is None
-
-
 def test_a_killed_process(computed: ComputedRuns, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     pools = [BrokenPool(), ThisProcess()]
     monkeypatch.setattr(runner, "start", lambda jobs: pools.pop(0))
@@ -218,3 +201,16 @@ def test_bad_options_and_a_second_program_are_refused(write_study: WriteStudy, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
         run(write_study())
+
+    def row(method: str, workers: int, seconds: float, status: str = "finished") -> dict[str, Any]:
+        return {"method": method, "workers": workers, "wall_clock_seconds": seconds, "status": status}
+
+    def cell(method: str, workers: int) -> Cell:
+        return Cell("s", "tune", method, workers, 0, {}, 0, "x")
+
+    rows = [row("a", 1, 10), row("a", 1, 20), row("b", 1, 60), row("b", 4, 2, "diverged")]
+    assert expected_seconds(cell("a", 1), rows) == 15
+    assert expected_seconds(cell("c", 1), rows) == 30
+    # A run that diverged takes less time than one that does not.
+    assert expected_seconds(cell("b", 4), rows) == 30
+    assert expected_seconds(cell("a", 1), []) is None

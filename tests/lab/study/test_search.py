@@ -37,14 +37,10 @@ def test_suggestions_and_the_grid() -> None:
 
 
 def test_an_interrupted_study_of_optuna(computed: ComputedRuns, write_study: WriteStudy, tmp_path: Path) -> None:
-    changes = {
-        "search": {"kind": "optuna", "trials": 6, "seed": 3},
-        "methods/none/search/learning_rate": {"low": 0.01, "high": 50, "log": True},
-        "methods/extrap/search": {
-            "learning_rate": {"low": 0.01, "high": 50, "log": True},
-            "extrap_batch": ["same", "independent"],
-        },
-    }
+    rates = {"low": 0.01, "high": 50, "log": True}
+    changes: dict[str, Any] = {"search": {"kind": "optuna", "trials": 6, "seed": 3}}
+    changes["methods/none/search/learning_rate"] = rates
+    changes["methods/extrap/search"] = {"learning_rate": rates, "extrap_batch": ["same", "independent"]}
     study = write_study(changes)
     folders, quiet = [tmp_path / "whole", tmp_path / "parts"], Console(file=io.StringIO())
     run_study(study, output_dir=folders[0], console=quiet)
@@ -55,8 +51,8 @@ def test_an_interrupted_study_of_optuna(computed: ComputedRuns, write_study: Wri
     whole, parts = ([json.loads(line) for line in (f / "rows.jsonl").read_text().splitlines()] for f in folders)
     assert len(whole) == 2 * 2 * (6 + 3)
     assert [row["fingerprint"] for row in parts] == [row["fingerprint"] for row in whole]
-    rates = [row["learning_rate"] for row in whole if row["stage"] == "tune"]
-    assert len(set(rates[:6])) == 6 and all(0.01 <= rate <= 50 for rate in rates)
+    tried = [row["learning_rate"] for row in whole if row["stage"] == "tune"]
+    assert len(set(tried[:6])) == 6 and all(0.01 <= rate <= 50 for rate in tried)
     # The best of six comes within a factor of four of the optimum, 1.
     finals = {(row["method"], row["workers"]): row["learning_rate"] for row in whole if row["stage"] == "final"}
     assert all(0.25 < rate < 4 for rate in finals.values())

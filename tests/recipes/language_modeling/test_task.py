@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,11 @@ def training_arguments(tmp_path: Path, **fields: Any) -> ExtrapTrainingArguments
 
 def evaluate(tmp_path: Path, prepared: PreparedTask, **fields: Any) -> float:
     """The perplexity that the Trainer finds."""
+    names = ("eval_dataset", "data_collator", "compute_metrics", "preprocess_logits_for_metrics")
     trainer = ExtrapTrainer(
         prepared.model,
         training_arguments(tmp_path, **{"per_device_eval_batch_size": 3, **fields}),
-        eval_dataset=prepared.eval_dataset,
-        data_collator=prepared.data_collator,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
+        **{name: getattr(prepared, name) for name in names},
     )
     first, again = (trainer.evaluate()["eval_perplexity"] for _ in range(2))
     assert first == again
@@ -112,10 +109,7 @@ def test_rows_end_in_eos_and_set_the_unigram_bias(folder: Path, tmp_path: Path) 
 
 def test_the_cache_follows_the_content(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-
-    def watched(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-        return cached_folder(root, key, lambda target: built.append(key) or build(target))
-
+    watched = lambda root, key, build: cached_folder(root, key, lambda at: built.append(key) or build(at))  # noqa: E731
     monkeypatch.setattr(text, "cached_folder", watched)
     for _ in range(2):
         prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)

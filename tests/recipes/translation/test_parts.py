@@ -102,17 +102,6 @@ def test_token_batches_hold_each_example_once_within_the_limit():
         TokenBatches([{"input_ids": [1] * 9, "labels": [1]}], batch_tokens=8)
 
 
-def test_batches_of_a_seed_and_their_collator():
-    rows = examples(300)
-    first, same, other = (TokenBatches(rows, 300, seed) for seed in (0, 0, 1))
-    assert [first[i] for i in range(len(first))] == [same[i] for i in range(len(same))]
-    assert [first[i] for i in range(len(first))] != [other[i] for i in range(len(other))]
-    collate = UnwrappingCollator(lambda rows: {"labels": [row["labels"] for row in rows]})
-    a, b = ({"labels": [n]} for n in (1, 2))
-    assert collate([ReadyBatch([a, b])]) == collate([a, b]) == {"labels": [[1], [2]]}
-    assert collate([ReadyBatch([a]), ReadyBatch([b])]) == collate([a, b])
-
-
 def test_a_ready_batch_is_collated_once():
     made: list[int] = []
 
@@ -149,11 +138,19 @@ def test_gathered_evaluation_rows_count_each_example_once(count, processes):
     assert all(dataset[index]["input_ids"] for index in gathered)
 
 
-def test_too_few_examples_for_the_processes_are_refused():
+def test_seeds_collation_and_too_few_examples():
     with pytest.raises(ValueError, match="1 evaluation examples are too few for 2 batches"):
         FullBatches(examples(1), batch_size=8, world_size=2)
     with pytest.raises(ValueError, match="larger per_device_eval_batch_size"):
         FullBatches(examples(3), batch_size=1, world_size=2)
+    rows = examples(300)
+    first, same, other = (TokenBatches(rows, 300, seed) for seed in (0, 0, 1))
+    assert [first[i] for i in range(len(first))] == [same[i] for i in range(len(same))]
+    assert [first[i] for i in range(len(first))] != [other[i] for i in range(len(other))]
+    collate = UnwrappingCollator(lambda rows: {"labels": [row["labels"] for row in rows]})
+    a, b = ({"labels": [n]} for n in (1, 2))
+    assert collate([ReadyBatch([a, b])]) == collate([a, b]) == {"labels": [[1], [2]]}
+    assert collate([ReadyBatch([a]), ReadyBatch([b])]) == collate([a, b])
 
 
 def test_bleu_is_sacrebleu_with_its_signature():

@@ -27,9 +27,9 @@ def mlp(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Loss, list[Any]]
     return model, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), batches
 
 
-def dense_hessian(model: nn.Module, mean: Callable[[], Tensor], training: bool = False) -> Tensor:
-    """The Hessian of `mean`, row by row, in evaluation mode or not; independent of the code under test."""
-    model.train(training)
+def dense_hessian(model: nn.Module, mean: Callable[[], Tensor]) -> Tensor:
+    """The Hessian of `mean`, row by row, in evaluation mode; independent of the code under test."""
+    model.eval()
     parameters = list(model.parameters())
     first = torch.autograd.grad(mean(), parameters, create_graph=True)
     rows = []
@@ -62,7 +62,7 @@ def test_mlp_equals_the_hessian_of_torch_func() -> None:
     assert pair.residual < 1e-3 and pair.products < 50
     assert float(pair.vector.norm()) == pytest.approx(1, abs=1e-5)
     assert mean_loss.product_error(pair.vector) < 1e-2
-    # Nothing is left behind, and nothing was drawn.
+    # The model and the random numbers are unchanged.
     assert model.training and model[2].training
     assert all(p.grad is None for p in model.parameters())
     state = torch.get_rng_state()
