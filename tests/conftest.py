@@ -137,3 +137,19 @@ def launch() -> Callable[..., str]:
         return done.stdout if not expect else done.stderr
 
     return run
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `hf-extrap` with words that it refuses: `error_of("train", path)`; gives the one sentence of the error."""
+
+    def run(*words: object) -> str:
+        from hf_extrap.cli import main
+
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-extrap: error: ")]
+        assert line.endswith(".")
+        return line.removeprefix("hf-extrap: error: ")
+
+    return run

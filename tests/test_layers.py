@@ -66,32 +66,20 @@ def layer(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def test_the_root_holds_no_module_but_the_public_names() -> None:
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {
-        "optim",
-        "training",
-        "recipes",
-        "lab",
-        "cli",
-    }
-
-
-def test_every_arrow_goes_down() -> None:
+def test_imports_go_down_without_a_cycle() -> None:
     # Imports for type checking alone count here.
     arrows = {(one, other) for one, others in graph(typing=True).items() for other in others}
     assert len(arrows) > 200
     up = [(one, other) for one, other in arrows if LAYERS.index(layer(one)) < LAYERS.index(layer(other))]
     assert not up
     assert {layer(one) for one, other in arrows if layer(other) == "lab"} == {"lab", "cli"}
-
-
-def test_no_circle() -> None:
     # Imports for type checking alone do not count: they are never executed.
     try:
         TopologicalSorter(graph(typing=False)).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*LAYERS} - {"hf_extrap", "__main__"}
 
 
 def distributions(requirements: Iterable[str]) -> set[str]:
@@ -131,11 +119,10 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
     return subprocess.run([sys.executable, "-c", restriction + code], capture_output=True, text=True, timeout=300)
 
 
-def install_requires() -> list[str]:
-    """The requirements of the package without extras."""
-    setup = configparser.ConfigParser()
-    setup.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
-    return setup["options"]["install_requires"].split("\n")[1:]
+SETUP = configparser.ConfigParser()
+SETUP.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
+#: The requirements of the package without extras.
+REQUIRED = SETUP["options"]["install_requires"].split("\n")[1:]
 
 
 def test_optim_needs_torch_alone() -> None:
@@ -184,7 +171,7 @@ for start in (lambda: task.prepare(task.arguments_class(), arguments), lambda: r
     except ModuleNotFoundError as error:
         print(error)
 """
-    done = run_with_only(install_requires(), code)
+    done = run_with_only(REQUIRED, code)
     sentence = "{} is not installed; it is part of an extra: pip install 'hf_extrap[recipes]'."
     found = done.stdout.splitlines()[-2:]
     assert found == [sentence.format(name) for name in ("datasets", "matplotlib")], done.stdout + done.stderr
@@ -212,5 +199,5 @@ for name, fields in {{
     prepared = task.prepare(task.arguments_class(**common, **fields), arguments)
     print(prepared.metric, len(prepared.train_dataset))
 """
-    done = run_with_only([*install_requires(), "datasets", "pillow"], code)
+    done = run_with_only([*REQUIRED, "datasets", "pillow"], code)
     assert done.stdout == "perplexity 14\naccuracy 4\n", done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The doctor: what it says of this machine, and of others that have GPUs or lack libraries."""
+"""`hf-extrap doctor` on this machine, and on others that have GPUs or lack libraries."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def in_the_checkout(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
 
 
-def test_the_report_names_versions_devices_and_reasons() -> None:
+def test_the_report_names_versions_devices_and_reasons(repository: Path) -> None:
     machine = dataclasses.replace(this_machine(), environment={"DS_ACCELERATOR": "cpu"})
     assert not dist.is_initialized()
     found = content(machine, [judge(path, machine) for path in shipped()])
@@ -43,9 +43,6 @@ def test_the_report_names_versions_devices_and_reasons() -> None:
     assert torch.__version__ in report and "DS_ACCELERATOR=cpu" in report and len(found["configurations"]) == 19
     for verdict in found["configurations"]:
         assert all(sentence in report for sentence in (verdict["name"], verdict["starts"], *verdict["obstacles"]))
-
-
-def test_the_tested_versions_are_those_of_the_constraints(repository: Path) -> None:
     pinned = dict(line.split("==") for line in (repository / "constraints.txt").read_text().split())
     assert all(pinned.get(name, version) == version for name, version in TESTED.items())
     assert untested_versions({**TESTED, "torch": "2.13.0+cpu", "deepspeed": "not installed"}) == []
@@ -71,21 +68,18 @@ def test_which_launches_a_machine_can_make(machine: Machine, expected: set[str])
     assert {path.stem for path in launches if not judge(path, machine).obstacles} == expected
 
 
-@pytest.mark.parametrize(
-    ("missing", "said"),
-    [("deepspeed", "DeepSpeed is not installed"), ("ninja", "builds an extension for the CPU with ninja, not on PATH")],
-)
-def test_why_deepspeed_cannot_run(missing: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == missing else name)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None if name == missing else name)
-    assert said in str(this_machine().no_deepspeed)
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_without_onednn_a_cpu_has_no_bf16(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
-    able = there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert content(CPU, [])["devices"]["CPU"] == ("bf16" if able else "bf16 emulated")
+def test_why_deepspeed_and_bf16_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, reason in (
+        ("deepspeed", "DeepSpeed is not installed"),
+        ("ninja", "builds an extension for the CPU with ninja, not on PATH"),
+    ):
+        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, no=missing: None if name == no else name)
+        monkeypatch.setattr(module.shutil, "which", lambda name, no=missing: None if name == no else name)
+        assert reason in str(this_machine().no_deepspeed)
+    for there in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
+        able = there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert content(CPU, [])["devices"]["CPU"] == ("bf16" if able else "bf16 emulated")
 
 
 def accelerate(**fields: Any) -> dict[str, Any]:
@@ -97,7 +91,7 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.mark.parametrize(
-    ("fields", "machine", "said"),
+    ("fields", "machine", "reason"),
     [
         (accelerate(distributed_type="MULTI_CPU", use_cpu=True), CPU, "starts one process"),
         (accelerate(distributed_type="NO", use_cpu=True), CPU, "one process of the 2"),
@@ -114,18 +108,14 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
         ({"learning_rate": 1.0}, CPU, "not a configuration of accelerate, DeepSpeed or this package"),
     ],
 )
-def test_what_a_configuration_is_refused_for(
-    tmp_path: Path, fields: dict[str, Any], machine: Machine, said: str
-) -> None:
+def test_refused_configurations(tmp_path: Path, fields: dict[str, Any], machine: Machine, reason: str) -> None:
     path = tmp_path / ("given.json" if "zero_optimization" in fields else "given.yaml")
     path.write_text(json.dumps(fields) if path.suffix == ".json" else yaml.safe_dump(fields))
     (sentence,) = judge(path, machine).obstacles
-    assert said in sentence
+    assert reason in sentence
 
 
-def test_the_exit_code_is_that_of_the_given_configurations(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "this_machine", lambda: CPU)
     good = "configs/accelerate/two_process_cpu.yaml"
     assert main(["doctor", good]) == 0

@@ -29,9 +29,7 @@ def test_learning_rates_are_chosen_by_a_seed_that_is_not_reported(tiny_translati
     assert [(cell.stage, cell.seed) for cell in plan.ready({})] == [("final", 0), ("final", 1)] * 2 and plan.size == 4
 
 
-def test_a_comparison_is_run_reported_and_read_back(
-    tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comparison_is_run_twice(tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "grid"
     words = ["compare", str(tiny_translation), "--seeds", "0,1", "--output_dir", str(root), "--max_steps", "3"]
     words += ["--presets", "none,extrap-past:step_ratio=0.5"]

@@ -22,7 +22,7 @@ from hf_extrap.recipes.run_folder import RunFolder
 from hf_extrap.recipes.saved_run import load_saved_run
 from hf_extrap.training.curvature.mean_loss import flatten
 
-WriteConfig = Callable[[str, dict[str, Any]], Path]
+ErrorOf = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_language_model: Path)
 def measured(words: list[str], folder: Path) -> dict[str, Any]:
     assert main(["sharpness", *words]) == 0
     return json.loads((folder / "sharpness.json").read_text())
-
-
-def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["sharpness", *words]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-extrap: error: ")]
-    assert line.endswith(".")
-    return line.removeprefix("hf-extrap: error: ")
 
 
 def test_a_checkpoint_with_its_optimizer(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,30 +65,28 @@ def test_a_checkpoint_with_its_optimizer(trained: Path, capsys: pytest.CaptureFi
 
     saved = load_saved_run(folder)
     samples = saved.trainer.sharpness.samples(saved.trainer.get_train_dataloader(), 3, streams=2)
-    # Workers take turns: the third batch goes on where the first one ended.
+    # Workers take turns: the third batch continues where the first one ended.
     assert samples[0][1] is None and samples[1][1] is None and samples[2][1] is not None
     model = ExtrapLstmForCausalLM.from_pretrained(folder).eval()
-    mean = []
-    for inputs, state in samples:
-        ids = inputs["input_ids"]
-        logits = model(ids[:, :-1], cache_params=state).logits
-        mean.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:]))
     carried = model(samples[0][0]["input_ids"][:, :-1]).cache_params
     torch.testing.assert_close(samples[2][1], carried)
-    loss = sum(mean) / 3
+    loss = torch.zeros(())
+    for ids, state in ((inputs["input_ids"], state) for inputs, state in samples):
+        logits = model(ids[:, :-1], cache_params=state).logits
+        loss = loss + F.cross_entropy(logits.transpose(1, 2), ids[:, 1:]) / 3
     assert loss.item() == pytest.approx(content["loss"], abs=1e-5)
     gradient = flatten(torch.autograd.grad(loss, list(model.parameters())))
     assert float(gradient.norm()) == pytest.approx(content["gradient_norm"], rel=1e-4)
 
 
-def test_a_finished_run_has_no_optimizer_and_is_not_measured_twice(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_run_has_no_optimizer(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], error_of: ErrorOf
 ) -> None:
     content = measured([str(trained), "--split", "validation", "--batches", "1"], trained)
     assert content["step"] is None and content["learning_rate"] is None and content["preconditioned_sharpness"] is None
     assert content["lines"]["gradient"]["share_of_learning_rate"] is None
     assert "Adam" not in capsys.readouterr().out
-    assert "exists already; give another --output_dir" in error_of([str(trained)], capsys)
+    assert "exists already; give another --output_dir" in error_of("sharpness", trained)
     elsewhere = tmp_path / "elsewhere"
     words = [str(trained), "--split", "validation", "--batches", "1", "--output_dir", str(elsewhere)]
     by_differences = measured([*words, "--differentiation", "differences"], elsewhere)
@@ -104,12 +95,11 @@ def test_a_finished_run_has_no_optimizer_and_is_not_measured_twice(
 
 
 def test_a_saved_model_takes_its_fields_from_a_file(
-    trained: Path, tmp_path: Path, tiny_language_model: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, tiny_language_model: Path, error_of: ErrorOf
 ) -> None:
     model = tmp_path / "model"
-    ignored = shutil.ignore_patterns("run.json", "checkpoint-*", "sharpness.*")
-    shutil.copytree(trained, model, ignore=ignored)
-    assert "give --config FILE.yaml or --task NAME" in error_of([str(model)], capsys)
+    shutil.copytree(trained, model, ignore=shutil.ignore_patterns("run.json", "checkpoint-*", "sharpness.*"))
+    assert "give --config FILE.yaml or --task NAME" in error_of("sharpness", model)
     words = ["--config", str(tiny_language_model), "--extrap_virtual_workers", "2", "--batches", "1"]
     content = measured([str(model), *words, "--disable_tqdm", "true"], model)
     other = tmp_path / "other"
@@ -145,16 +135,15 @@ def test_image_classification(tmp_path: Path) -> None:
     assert running["loss"] != pytest.approx(content["loss"], rel=0.01)
 
 
-def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, error_of: ErrorOf) -> None:
     elsewhere = ["--output_dir", str(tmp_path / "out")]
-    assert "needs the folder" in error_of([], capsys)
-    assert "does not exist" in error_of([str(tmp_path / "nowhere")], capsys)
+    assert "needs the folder" in error_of("sharpness")
+    assert "does not exist" in error_of("sharpness", tmp_path / "nowhere")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(trained, unfinished, ignore=shutil.ignore_patterns("model.safetensors", "sharpness.*"))
     (unfinished / "checkpoint-6" / "trainer_state.json").unlink()
-    assert f"holds no model.safetensors; give its last checkpoint, {unfinished / 'checkpoint-3'}" in error_of(
-        [str(unfinished)], capsys
-    )
+    last = f"holds no model.safetensors; give its last checkpoint, {unfinished / 'checkpoint-3'}"
+    assert last in error_of("sharpness", unfinished)
     for words, sentence in (
         (["--split", "test"], "split is 'test'; allowed: train, validation"),
         (["--batches", "0"], "batches is 0"),
@@ -164,5 +153,5 @@ def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, capsys: pytes
         (["--hidden_size", "8"], "of another model"),
         (["--hiden_size", "8"], "unknown field --hiden_size"),
     ):
-        assert sentence in error_of([str(trained), *elsewhere, *words], capsys)
+        assert sentence in error_of("sharpness", trained, *elsewhere, *words)
     assert not (tmp_path / "out").exists()

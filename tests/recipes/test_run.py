@@ -23,8 +23,6 @@ from hf_extrap.recipes.models import ExtrapLstmForCausalLM
 from hf_extrap.recipes.recording import parameter_checksum, replicas_agree
 from hf_extrap.recipes.run_folder import RunFolder
 
-TIMES = ("runtime", "per_second")
-
 
 def train(config: Path, folder: Path, *words: str) -> dict[str, Any]:
     """Train by the command line, in this process; return metrics.json."""
@@ -32,22 +30,8 @@ def train(config: Path, folder: Path, *words: str) -> dict[str, Any]:
     return RunFolder(folder).read_metrics()
 
 
-def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The error on stderr of a run that is refused."""
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    return capsys.readouterr().err
-
-
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not any(time in name for time in TIMES)}
-
-
-def cut_off(run: Path, into: Path, step: int) -> None:
-    """Copy the files that a run killed after the checkpoint of this step would have left."""
-    into.mkdir()
-    shutil.copy(run / "run.json", into)
-    shutil.copytree(run / f"checkpoint-{step}", into / f"checkpoint-{step}")
+    return {name: value for name, value in row.items() if not ("runtime" in name or "per_second" in name)}
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +42,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_translation: Path) -
     return folder
 
 
-def test_metrics_describe_the_run(finished: Path) -> None:
+def test_metrics_history_and_model_of_a_run(finished: Path) -> None:
     metrics = RunFolder(finished).read_metrics()
     assert (metrics["status"], metrics["task"], metrics["preset"]) == ("finished", "translation", "extrap")
     assert ExtrapConfig.from_dict(metrics["extrap"]) == ExtrapConfig.preset("extrap", seed=42)
-    assert (metrics["steps"], metrics["world_size"], metrics["virtual_workers"], metrics["global_batch"]) == (
-        6,
-        1,
-        2,
-        2,
-    )
+    counts = ("steps", "world_size", "virtual_workers", "global_batch")
+    assert [metrics[name] for name in counts] == [6, 1, 2, 2]
     assert metrics["optimizer"] == "AdamW"
     assert metrics["ranks_identical"] is True
     assert metrics["peak_learning_rate"] == pytest.approx(3e-3)
@@ -83,46 +63,17 @@ def test_metrics_describe_the_run(finished: Path) -> None:
     assert metrics["tokens_per_second"] == pytest.approx(expected, rel=0.3)
     assert metrics["command"].startswith("hf-extrap train ") and "--extrap extrap" in metrics["command"]
     assert metrics["arguments"]["learning_rate"] == 3e-3
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_bf16_warns_on_a_cpu_without_it(
-    tiny_translation: Path,
-    able: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr("hf_extrap.recipes.run.cpu_has_bf16", lambda: able)
-    train(tiny_translation, tmp_path / "run", "--bf16", "true", "--max_steps", "1")
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_extrap.recipes.run"]
-    assert [("bf16" in message, "--bf16 false" in message) for message in said] == [(True, True)] * (not able)
-
-
-def test_an_lstm_in_bf16_is_refused_on_a_cpu_without_it(
-    tiny_language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("hf_extrap.recipes.run.cpu_has_bf16", lambda: False)
-    words = ("train", tiny_language_model, "--output_dir", tmp_path / "run", "--bf16", "true")
-    assert "no LSTM in bf16 for this CPU; allowed: --bf16 false." in error_of(capsys, *words)
-
-
-def test_history_has_every_step_and_every_evaluation(finished: Path) -> None:
     rows = RunFolder(finished).read_history()
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "eval_bleu" in row] == [3, 6]
     # The first step has no previous step to scale its extrapolation.
     assert [row["extrap/displacement_norm"] > 0 for row in rows if "loss" in row] == [False, *[True] * 5]
-    metrics = RunFolder(finished).read_metrics()
     assert metrics["eval"]["eval_loss"] == [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
-
-
-def test_the_model_and_its_tokenizer_load_from_the_folder(finished: Path) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(finished)
     tokenizer = AutoTokenizer.from_pretrained(finished)
     written = model.generate(**tokenizer("two days", return_tensors="pt"), max_length=8, num_beams=1)
     assert 1 < written.shape[1] <= 8
-    assert model.num_parameters() == RunFolder(finished).read_metrics()["facts"]["parameters"]
+    assert model.num_parameters() == metrics["facts"]["parameters"]
 
 
 def test_the_card_is_valid_and_agrees_with_the_metrics(finished: Path) -> None:
@@ -146,7 +97,9 @@ def test_the_card_is_valid_and_agrees_with_the_metrics(finished: Path) -> None:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished: Path, tiny_translation: Path, tmp_path: Path) -> None:
-    cut_off(finished, tmp_path / "resumed", step=3)
+    # The files that a run killed after its first checkpoint would have left.
+    shutil.copytree(finished / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    shutil.copy(finished / "run.json", tmp_path / "resumed")
     words = ("--extrap", "extrap", "--extrap_virtual_workers", "2", "--resume_from_checkpoint", "true")
     metrics = train(tiny_translation, tmp_path / "resumed", *words)
     whole = RunFolder(finished)
@@ -158,32 +111,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: Path, tiny_translat
     assert rows == [without_times(row) for row in whole.read_history() if "train_loss" not in row]
 
 
-def test_the_folder_of_another_run_is_refused(
-    finished: Path, tiny_translation: Path, capsys: pytest.CaptureFixture[str]
+def test_folders_and_checkpoints_of_other_runs_are_refused(
+    finished: Path, tiny_translation: Path, error_of: Callable[..., str], tmp_path: Path
 ) -> None:
     before = (finished / "metrics.json").read_bytes()
     base = ("train", tiny_translation, "--output_dir", finished, "--extrap_virtual_workers", 2)
-    assert "holds another run: its extrap is 'extrap', not 'sam'" in error_of(capsys, *base, "--extrap", "sam")
-    assert "holds this run, finished" in error_of(capsys, *base, "--extrap", "extrap")
+    assert "holds another run: its extrap is 'extrap', not 'sam'" in error_of(*base, "--extrap", "sam")
+    assert "holds this run, finished" in error_of(*base, "--extrap", "extrap")
     assert (finished / "metrics.json").read_bytes() == before
-
-
-def test_the_checkpoint_of_another_model_is_refused(
-    finished: Path, tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     words = ("--d_model", 32, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", finished / "checkpoint-3")
-    sentence = error_of(capsys, "train", tiny_translation, *words)
+    sentence = error_of("train", tiny_translation, *words)
     assert "checkpoint-3 is of another model" in sentence and "has shape" in sentence
-
-
-def test_an_incomplete_checkpoint_is_not_resumed(
-    finished: Path, tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cut_off(finished, tmp_path / "run", step=3)
-    (tmp_path / "run/checkpoint-3/trainer_state.json").unlink()
-    words = ("--extrap", "extrap", "--extrap_virtual_workers", 2, "--resume_from_checkpoint", "true")
-    sentence = error_of(capsys, "train", tiny_translation, "--output_dir", tmp_path / "run", *words)
-    assert "holds no checkpoint to resume from" in sentence
 
 
 def test_a_diverged_run_is_reported(tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,11 +132,8 @@ def test_a_diverged_run_is_reported(tiny_translation: Path, tmp_path: Path, caps
     assert "This run diverged" in (tmp_path / "run/README.md").read_text()
 
 
-def test_a_language_model_learns_loads_and_resumes(
-    tiny_language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ("--extrap", "extrap-past", "--extrap_virtual_workers", "2")
-    whole = train(tiny_language_model, tmp_path / "whole", *words)
+def test_a_language_model_learns(tiny_language_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train(tiny_language_model, tmp_path / "whole", "--extrap", "extrap-past", "--extrap_virtual_workers", "2")
     # An untrained model is near a uniform guess among 200 words.
     assert 150 < whole["untrained"]["untrained_perplexity"] < 260
     assert whole["eval"]["eval_perplexity"] < whole["untrained"]["untrained_perplexity"] - 5
@@ -206,13 +141,6 @@ def test_a_language_model_learns_loads_and_resumes(
     assert "validation perplexity" in capsys.readouterr().out
     assert "import hf_extrap.recipes.models" in (tmp_path / "whole/README.md").read_text()
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ExtrapLstmForCausalLM)
-
-    cut_off(tmp_path / "whole", tmp_path / "resumed", step=3)
-    resumed = train(tiny_language_model, tmp_path / "resumed", *words, "--resume_from_checkpoint", "true")
-    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
-    assert same[0] == same[1]
-    assert resumed["test"]["test_perplexity"] == whole["test"]["test_perplexity"]
-    assert resumed["untrained"] == whole["untrained"]
 
 
 def test_without_a_configuration_the_built_in_language_model_is_trained(tmp_path: Path) -> None:
@@ -224,7 +152,8 @@ def test_without_a_configuration_the_built_in_language_model_is_trained(tmp_path
 @pytest.mark.distributed
 def test_two_processes_train_one_model(tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str]) -> None:
     words = ("train", tiny_language_model, "--extrap", "extrap", "--dropout", "0", "--output_dir", tmp_path / "run")
-    shown = launch("-m", "hf_extrap", *words, processes=2)
+    config = ("--config_file", "configs/accelerate/two_process_cpu.yaml", "--main_process_port", "0")
+    shown = launch("-m", "accelerate.commands.launch", *config, "-m", "hf_extrap", *words)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["world_size"] == 2
     assert metrics["ranks_identical"] is True
@@ -232,21 +161,12 @@ def test_two_processes_train_one_model(tiny_language_model: Path, tmp_path: Path
     # Only one process prints.
     assert shown.count("validation perplexity") == 1 and "replicas identical" in shown
     # Without dropout, whose masks differ, one process with two virtual workers is equal up to rounding.
-    words = (
-        "--extrap",
-        "extrap",
-        "--dropout",
-        "0",
-        "--extrap_virtual_workers",
-        "2",
-        "--per_device_eval_batch_size",
-        "8",
-    )
+    words = "--extrap extrap --dropout 0 --extrap_virtual_workers 2 --per_device_eval_batch_size 8".split()
     virtual = train(tiny_language_model, tmp_path / "virtual", *words)
     assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=1e-5)
 
 
-def test_replicas_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_that_differ_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(2, 2)
     ours = parameter_checksum(model)
     monkeypatch.setattr(recording, "gather_object", lambda sums: [*sums, ours])
@@ -258,8 +178,8 @@ def test_replicas_that_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.distributed
 def test_an_error_in_two_processes_is_printed_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
-    shown = launch("-m", "hf_extrap", "train", tiny_translation, "--extrap", "bogus", processes=2, expect=1)
-    assert shown.count("hf-extrap: error: extrap preset is 'bogus'") == 1
+    printed = launch("-m", "hf_extrap", "train", tiny_translation, "--extrap", "bogus", processes=2, expect=1)
+    assert printed.count("hf-extrap: error: extrap preset is 'bogus'") == 1
 
 
 @pytest.mark.distributed
@@ -270,22 +190,13 @@ def test_deepspeed_trains_the_same_model(
     tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str], stage: int, preset: str
 ) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    zero = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-    }
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero: dict[str, Any] = dict.fromkeys(names, "auto") | {"zero_allow_untested_optimizer": True}
+    zero["zero_optimization"] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     words = ("--extrap", preset, "--dropout", "0")
-    launch(
-        Path(__file__).parents[1] / "support" / "cpu_deepspeed.py",
-        *("train", tiny_language_model, *words, "--output_dir", tmp_path / "zero"),
-        *("--deepspeed", tmp_path / "zero.json"),
-        processes=2,
-    )
+    given = ("--output_dir", tmp_path / "zero", "--deepspeed", tmp_path / "zero.json")
+    launch("tests/support/cpu_deepspeed.py", "train", tiny_language_model, *words, *given, processes=2)
     metrics = json.loads((tmp_path / "zero/metrics.json").read_text())
     assert (metrics["world_size"], metrics["optimizer"]) == (2, "SGD")
     assert metrics["ranks_identical"] is (True if stage == 2 else None)
@@ -295,3 +206,17 @@ def test_deepspeed_trains_the_same_model(
     tolerance = 1e-5 if stage == 2 else 0.05
     assert virtual["eval"]["eval_perplexity"] == pytest.approx(metrics["eval"]["eval_perplexity"], rel=tolerance)
     assert virtual["facts"] == metrics["facts"]
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_on_a_cpu_without_it(
+    tiny_translation: Path, tiny_language_model: Path, able: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    patch, caplog, error_of = map(request.getfixturevalue, ("monkeypatch", "caplog", "error_of"))
+    patch.setattr("hf_extrap.recipes.run.cpu_has_bf16", lambda: able)
+    train(tiny_translation, tmp_path / "run", "--bf16", "true", "--max_steps", "1")
+    messages = [record.getMessage() for record in caplog.records if record.name == "hf_extrap.recipes.run"]
+    assert [("bf16" in text, "--bf16 false" in text) for text in messages] == [(True, True)] * (not able)
+    if not able:
+        words = ("train", tiny_language_model, "--output_dir", tmp_path / "lstm", "--bf16", "true")
+        assert "no LSTM in bf16 for this CPU; allowed: --bf16 false." in error_of(*words)

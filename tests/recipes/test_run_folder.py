@@ -26,19 +26,19 @@ def add_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     return checkpoint
 
 
-def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+def test_json_values_and_history(tmp_path: Path) -> None:
     values = {"a": float("nan"), "b": [float("inf"), 1.5], "c": torch.tensor(2), "d": IntervalStrategy.EPOCH, "e": True}
     write_json(tmp_path / "x.json", values)
-    assert json.loads((tmp_path / "x.json").read_text()) == {
-        "a": None,
-        "b": [None, 1.5],
-        "c": 2,
-        "d": "epoch",
-        "e": True,
-    }
+    expected = {"a": None, "b": [None, 1.5], "c": 2, "d": "epoch", "e": True}
+    assert json.loads((tmp_path / "x.json").read_text()) == expected
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": float("inf")}]
+    folder = RunFolder(tmp_path / "run")
+    folder.write_history(rows)
+    assert folder.read_history() == [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": None}]
+    assert RunFolder(tmp_path / "none").read_history() == []
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_writes_and_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "x.json", {"old": 1})
 
     def fail(*_: object) -> None:
@@ -49,64 +49,6 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatc
         write_json(tmp_path / "x.json", {"new": 2})
     assert read_json(tmp_path / "x.json") == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_history_comes_back_as_it_was_logged(tmp_path: Path) -> None:
-    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": float("inf")}]
-    folder = RunFolder(tmp_path / "run")
-    folder.write_history(rows)
-    assert folder.read_history() == [{"step": 1, "loss": 2.5}, {"step": 2, "eval_loss": None}]
-    assert RunFolder(tmp_path / "none").read_history() == []
-
-
-def test_the_last_checkpoint_is_the_highest_complete_one(tmp_path: Path) -> None:
-    add_checkpoint(tmp_path, 9)
-    add_checkpoint(tmp_path, 10)
-    add_checkpoint(tmp_path, 11, complete=False)
-    assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoint-10"
-
-
-def test_empty_and_missing_folders_are_welcome(tmp_path: Path) -> None:
-    RunFolder(tmp_path).check({"seed": 1}, resume=False)
-    RunFolder(tmp_path / "new").check({"seed": 1}, resume=False)
-
-
-def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="not the folder of a run"):
-        RunFolder(tmp_path).check({"seed": 1}, resume=False)
-    with pytest.raises(ValueError, match="is a file"):
-        RunFolder(tmp_path / "thesis.tex").check({"seed": 1}, resume=False)
-
-
-def test_another_run_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
-    folder = begin(tmp_path, seed=1, learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"another run: its learning_rate is 0\.1, not 0\.2"):
-        folder.check({"seed": 1, "learning_rate": 0.2}, resume=True)
-
-
-def test_a_run_that_was_cut_off_may_go_on_and_not_start_again(tmp_path: Path) -> None:
-    folder = begin(tmp_path, seed=1)
-    folder.check({"seed": 1}, resume=False)
-    add_checkpoint(tmp_path, 5)
-    with pytest.raises(ValueError, match="up to checkpoint-5; resume with --resume_from_checkpoint true"):
-        folder.check({"seed": 1}, resume=False)
-    folder.check({"seed": 1, "resume_from_checkpoint": "true"}, resume=True)
-
-
-def test_a_finished_run_is_refused(tmp_path: Path) -> None:
-    folder = begin(tmp_path, seed=1)
-    folder.write_metrics({"status": "finished"})
-    with pytest.raises(ValueError, match="holds this run, finished"):
-        folder.check({"seed": 1}, resume=True)
-
-
-def test_fields_that_only_name_a_place_make_no_other_run() -> None:
-    assert different_fields({"output_dir": "a", "seed": 1}, {"output_dir": "b", "seed": 1, "use_cpu": True}) == []
-    assert different_fields({"seed": 1, "b": 1}, {"seed": 2, "a": 1}) == ["a", "b", "seed"]
-
-
-def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is not valid JSON"):
         RunFolder(tmp_path).read_configuration()
@@ -114,7 +56,34 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         RunFolder(tmp_path).read_metrics()
 
 
-def test_versions_name_what_decides_the_numbers() -> None:
+def test_last_checkpoint_different_fields_and_versions(tmp_path: Path) -> None:
+    add_checkpoint(tmp_path, 9)
+    add_checkpoint(tmp_path, 10)
+    add_checkpoint(tmp_path, 11, complete=False)
+    assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoint-10"
+    assert different_fields({"output_dir": "a", "seed": 1}, {"output_dir": "b", "seed": 1, "use_cpu": True}) == []
+    assert different_fields({"seed": 1, "b": 1}, {"seed": 2, "a": 1}) == ["a", "b", "seed"]
     found = versions()
     assert found["torch"] == torch.__version__
     assert {"python", "transformers", "accelerate", "datasets", "hf_extrap"} <= set(found)
+
+
+def test_which_folders_are_accepted(tmp_path: Path) -> None:
+    RunFolder(tmp_path).check({"seed": 1}, resume=False)
+    RunFolder(tmp_path / "new").check({"seed": 1}, resume=False)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        RunFolder(tmp_path).check({"seed": 1}, resume=False)
+    with pytest.raises(ValueError, match="is a file"):
+        RunFolder(tmp_path / "thesis.tex").check({"seed": 1}, resume=False)
+    folder = begin(tmp_path / "run", seed=1)
+    folder.check({"seed": 1}, resume=False)
+    with pytest.raises(ValueError, match="another run: its seed is 1, not 2"):
+        folder.check({"seed": 2}, resume=True)
+    add_checkpoint(folder.path, 5)
+    with pytest.raises(ValueError, match="up to checkpoint-5; resume with --resume_from_checkpoint true"):
+        folder.check({"seed": 1}, resume=False)
+    folder.check({"seed": 1, "resume_from_checkpoint": "true"}, resume=True)
+    folder.write_metrics({"status": "finished"})
+    with pytest.raises(ValueError, match="holds this run, finished"):
+        folder.check({"seed": 1}, resume=True)

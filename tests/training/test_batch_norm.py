@@ -1,40 +1,29 @@
-"""The Trainer with BatchNorm and augmentation: what counts, what both passes of a step see, what evaluation uses."""
+"""The Trainer with BatchNorm and augmentation: batch counts, augmented passes, statistics of evaluations."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from hf_extrap.training.arguments import ExtrapTrainingArguments
 from tests.support.tiny_images import buffers, train_images
 
 
-@pytest.mark.parametrize("preset", ["none", "extrap-past", "extrap", "extragradient"])
-def test_a_step_counts_one_batch_whatever_its_workers_and_probes(tmp_path: Path, preset: str) -> None:
-    trainer = train_images(tmp_path, extrap=preset, extrap_virtual_workers=2, max_steps=3)
-    counts = {int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")}
-    assert counts == {3}
-
-
-def test_both_passes_of_a_fresh_step_see_one_augmented_batch(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
-    trainer = train_images(tmp_path, extrap="extrap", max_steps=2, seen=seen)
-    assert len(seen) == 4
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
-    assert not torch.equal(seen[0], torch.from_numpy(trainer.train_dataset.images[:4]))
-
-
-def test_an_augmentation_is_that_of_its_step_and_worker(tmp_path: Path) -> None:
-    runs: list[list[Tensor]] = [[], []]
-    for seen, workers in zip(runs, (2, 1), strict=True):
-        train_images(tmp_path, extrap_virtual_workers=workers, max_steps=2, seen=seen)
-    # Step 0, worker 0 is the same in both; another worker and another step draw anew.
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert not torch.equal(runs[0][1], runs[1][1])
+def test_batches_and_augmentations_of_steps_and_workers(tmp_path: Path) -> None:
+    passes: dict[tuple[str, int], list[Tensor]] = {("extrap", 2): [], ("none", 2): [], ("none", 1): []}
+    for (preset, workers), seen in passes.items():
+        trainer = train_images(tmp_path, extrap=preset, extrap_virtual_workers=workers, max_steps=2, seen=seen)
+        # A step counts one batch, whatever its workers and probes.
+        counts = {int(b) for name, b in trainer.model.named_buffers() if name.endswith("num_batches_tracked")}
+        assert counts == {2}
+    fresh, two, one = passes.values()
+    # Both passes of a step see the same augmented batches.
+    assert [sum(torch.equal(batch, other) for other in fresh) for batch in two] == [2] * 4
+    assert not torch.equal(one[0], torch.from_numpy(trainer.train_dataset.images[:4]))
+    # Step 0, worker 0 is the same in both runs; another worker and another step draw anew.
+    assert torch.equal(two[0], one[0]) and not torch.equal(two[1], one[1])
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_with_its_statistics(tmp_path: Path) -> None:
@@ -97,8 +86,3 @@ def test_one_recalibration_serves_until_the_model_changes(tmp_path: Path) -> Non
     trainer.model.resnet.embedder.normalization.running_var.data.add_(1)
     trainer.evaluate()
     assert len(seen) == 15
-
-
-def test_a_negative_count_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="recalibrate_batch_norm is -1"):
-        ExtrapTrainingArguments(str(tmp_path), recalibrate_batch_norm=-1, use_cpu=True)

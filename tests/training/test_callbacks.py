@@ -1,4 +1,4 @@
-"""A run that diverges is stopped, at once, and nothing of it is evaluated."""
+"""A run that diverges is stopped at once and is not evaluated."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ from hf_extrap.cli import main
 from hf_extrap.recipes.run_folder import RunFolder
 from hf_extrap.training.arguments import ExtrapTrainingArguments
 from hf_extrap.training.callbacks import DivergenceStopper
-
-
-def stops_at(losses: list[float], factor: float | None, warmup_steps: int, tmp_path: Path) -> int | None:
-    """The step at which losses, logged one a step, end the training."""
-    arguments = ExtrapTrainingArguments(str(tmp_path), warmup_steps=warmup_steps, use_cpu=True)
-    stopper, state, control = DivergenceStopper(factor), TrainerState(max_steps=100), TrainerControl()
-    for step, loss in enumerate(losses, 1):
-        state.global_step, control.should_evaluate = step, True
-        stopper.on_log(arguments, state, control, {"loss": loss})
-        if control.should_training_stop:
-            assert not control.should_evaluate
-            return step
-    return None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +29,16 @@ def stops_at(losses: list[float], factor: float | None, warmup_steps: int, tmp_p
 def test_when_training_is_ended(
     losses: list[float], factor: float | None, warmup_steps: int, step: int | None, tmp_path: Path
 ) -> None:
-    assert stops_at(losses, factor, warmup_steps, tmp_path) == step
+    arguments = ExtrapTrainingArguments(str(tmp_path), warmup_steps=warmup_steps, use_cpu=True)
+    stopper, state, control = DivergenceStopper(factor), TrainerState(max_steps=100), TrainerControl()
+    # One loss is logged a step.
+    for state.global_step, loss in enumerate(losses, 1):
+        control.should_evaluate = True
+        stopper.on_log(arguments, state, control, {"loss": loss})
+        if control.should_training_stop:
+            break
+    ended = state.global_step if control.should_training_stop else None
+    assert ended == step and control.should_evaluate == (ended is None)
 
 
 def test_a_diverged_run_is_cut_short(tiny_language_model: Path, tmp_path: Path) -> None:

@@ -21,26 +21,20 @@ def test_its_own_checkpoint_is_accepted_whole_or_in_shards(tmp_path: Path, shard
     check_checkpoint_matches(tmp_path, gpt2())
 
 
-def test_another_shape_is_named(tmp_path: Path) -> None:
-    gpt2(width=16).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"of another model: transformer\.\S+ has shape \[48\] there and \[24\] here"):
-        check_checkpoint_matches(tmp_path, gpt2())
-
-
-def test_missing_and_surplus_weights_are_named(tmp_path: Path) -> None:
-    gpt2(layers=2).save_pretrained(tmp_path / "two")
-    gpt2(layers=1).save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"this one has no weight 'transformer\.h\.1\."):
-        check_checkpoint_matches(tmp_path / "two", gpt2(layers=1))
-    with pytest.raises(ValueError, match=r"it has no weight 'transformer\.h\.1\."):
-        check_checkpoint_matches(tmp_path / "one", gpt2(layers=2))
-
-
-def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        check_checkpoint_matches(tmp_path / "none", gpt2())
-    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
-        check_checkpoint_matches(tmp_path, gpt2())
-    (tmp_path / "model.safetensors").write_bytes(b"not tensors at all")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        check_checkpoint_matches(tmp_path, gpt2())
+def test_other_models_and_missing_or_damaged_files_are_named(tmp_path: Path) -> None:
+    kept = {"wide": gpt2(width=16), "two": gpt2(layers=2), "one": gpt2()}
+    for name, model in kept.items():
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not tensors at all")
+    for name, model, error, message in (
+        ("wide", gpt2(), ValueError, r"of another model: transformer\.\S+ has shape \[48\] there and \[24\] here"),
+        ("two", gpt2(), ValueError, r"this one has no weight 'transformer\.h\.1\."),
+        ("one", gpt2(layers=2), ValueError, r"it has no weight 'transformer\.h\.1\."),
+        ("none", gpt2(), FileNotFoundError, "does not exist"),
+        ("empty", gpt2(), FileNotFoundError, r"has no model\.safetensors"),
+        ("damaged", gpt2(), ValueError, r"model\.safetensors is damaged"),
+    ):
+        with pytest.raises(error, match=message):
+            check_checkpoint_matches(tmp_path / name, model)

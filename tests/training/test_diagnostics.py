@@ -23,14 +23,11 @@ def test_it_finds_trace_over_squared_mean() -> None:
     assert scale.value == pytest.approx(4 / 0.09, rel=0.1)
 
 
-def test_nothing_measured_is_nan_and_no_signal_is_infinite() -> None:
+def test_values_without_measurement_and_the_state() -> None:
     scale = GradientNoiseScale()
     assert math.isnan(scale.value)
     scale.update(1.0, 0.1, 1, 2)
     assert scale.value == math.inf
-
-
-def test_its_state_goes_through_a_checkpoint() -> None:
     scale, copy = GradientNoiseScale(), GradientNoiseScale()
     scale.update(2.0, 1.5, 4, 8)
     copy.load_state(scale.state())

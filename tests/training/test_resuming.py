@@ -12,41 +12,36 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from tests.support.tiny_trainer import gpt2, train, weights
+from tests.training.logged import history
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "extrap_virtual_workers": 2}
 ADAM: dict[str, Any] = {"optim": "adamw_torch", "learning_rate": 0.01, "extrap_max_displacement": 2.0}
 INDEPENDENT: dict[str, Any] = {"extrap": "extrap", "extrap_batch": "independent", "extrap_step_ratio": 0.5}
 MEASURED: dict[str, Any] = {"sharpness_batches": 2, "eval_strategy": "steps", "eval_steps": 2}
+PAST: dict[str, Any] = {"extrap": "extrap-past"}
 RUNS: dict[str, dict[str, Any]] = {
-    **{
-        f"{preset}, step size {size}": {"extrap": preset, "extrap_step_size": size, **ADAM}
-        for preset in ("extrap-past", "optimistic", "past-update", "extrap")
-        for size in (None, "auto")
-    },
-    "smoothout": {"extrap": "smoothout", **ADAM},
+    "step size auto": {**PAST, "extrap_step_size": "auto", **ADAM},
+    "fresh": {"extrap": "extrap", **ADAM},
     "independent samples": INDEPENDENT,
-    "batched workers": {"extrap": "extrap-past", "batch_workers": True},
-    "sharpness": {"extrap": "extrap-past", **ADAM, **MEASURED},
+    "batched workers": {**PAST, "batch_workers": True},
+    "sharpness": {**PAST, **ADAM, **MEASURED},
+    "lamb": {**PAST, "base_optimizer": "lamb", "optim": "adamw_torch_fused", "weight_decay": 0.1},
+}
+MATRIX: dict[str, dict[str, Any]] = {
     **{
-        name: {"extrap": "extrap-past", "base_optimizer": name, "optim": "adamw_torch_fused", "weight_decay": 0.1}
-        for name in ("lars", "lamb", "nadam")
+        f"{preset}, auto": {"extrap": preset, "extrap_step_size": "auto", **ADAM} for preset in ("optimistic", "extrap")
     },
+    **{preset: {"extrap": preset, **ADAM} for preset in ("extrap-past", "optimistic", "past-update", "smoothout")},
+    "past-update, auto": {"extrap": "past-update", "extrap_step_size": "auto", **ADAM},
+    **{name: {**RUNS["lamb"], "base_optimizer": name} for name in ("lars", "nadam")},
 }
 
 
-def history(trainer: Trainer) -> list[dict[str, Any]]:
-    """Every logged row, without times."""
-    return [
-        {key: value for key, value in row.items() if not key.endswith(("_runtime", "_per_second"))}
-        for row in trainer.state.log_history
-    ]
-
-
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, *(pytest.param(name, marks=pytest.mark.matrix) for name in MATRIX)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run: str) -> None:
     """With its weights, and with its history: losses, moves, noise scale, evaluations, sharpness."""
     dropout = 0.0 if run == "batched workers" else 0.1
-    fields = {**SAVING, **RUNS[run]}
+    fields = {**SAVING, **(RUNS | MATRIX)[run]}
     whole = train(tmp_path / "whole", model=gpt2(dropout), **fields)
     checkpoint = str(tmp_path / "whole" / "checkpoint-3")
     resumed = train(tmp_path / "resumed", model=gpt2(dropout), resume=checkpoint, **fields)
@@ -55,7 +50,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, run:
     assert any("extrap/sharpness" in row for row in history(whole)) == (run == "sharpness")
 
 
-@pytest.mark.parametrize("extrap", ["none", "extrap-past"])
+@pytest.mark.parametrize("extrap", [pytest.param("none", marks=pytest.mark.matrix), "extrap-past"])
 # 8 steps an epoch: training ends inside an epoch, and at the end of one.
 @pytest.mark.parametrize("steps", [6, 8])
 def test_a_finished_run_trains_no_further_step(tmp_path: Path, extrap: str, steps: int) -> None:
@@ -66,12 +61,10 @@ def test_a_finished_run_trains_no_further_step(tmp_path: Path, extrap: str, step
         assert resumed.state.global_step == steps
         assert torch.equal(weights(resumed), weights(whole))
         assert history(resumed) == history(whole)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == sorted(
-        f"checkpoint-{step}" for step in {3, 6, steps}
-    )
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 6, steps)}
 
 
-@pytest.mark.parametrize("extrap", ["none", "extrap-past"])
+@pytest.mark.parametrize("extrap", [pytest.param("none", marks=pytest.mark.matrix), "extrap-past"])
 @pytest.mark.parametrize("logging_steps", [4, 7])
 def test_a_resumed_history_is_the_uninterrupted_one(tmp_path: Path, extrap: str, logging_steps: int) -> None:
     """The checkpoint lies between two logged rows, and their loss averages over the steps on both sides of it."""
@@ -101,9 +94,7 @@ def test_a_checkpoint_that_lacks_a_file_of_its_process_is_refused(tmp_path: Path
         train(tmp_path / "resumed", resume=str(checkpoint), **fields)
 
 
-def test_a_checkpoint_of_the_stock_trainer_or_of_more_processes_warns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_checkpoints_of_other_trainers_and_processes_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fields = {"save_strategy": "steps", "save_steps": 3}
     train(tmp_path / "stock", kind=Trainer, **fields)
     resumed = train(tmp_path, extrap="extrap-past", resume=str(tmp_path / "stock" / "checkpoint-3"), **fields)

@@ -45,7 +45,7 @@ class ComputedRuns:
 
     Attributes:
         given: the resolved fields of each run, in order.
-        error: raised by the run of this number, counted from 0.
+        errors: what the run of this number, counted from 0, raises.
     """
 
     def __init__(self) -> None:
@@ -55,10 +55,8 @@ class ComputedRuns:
     def __call__(
         self, configuration: Configuration, command: str, callbacks: Sequence[Any] = (), print_logs: bool = True
     ) -> dict[str, Any]:
-        arguments, folder = (
-            configuration.training_arguments,
-            RunFolder(Path(str(configuration.training_arguments.output_dir))),
-        )
+        arguments = configuration.training_arguments
+        folder = RunFolder(Path(str(arguments.output_dir)))
         folder.check(configuration.given, resume=False)
         folder.write_configuration({"arguments": configuration.given})
         number = len(self.given)
@@ -75,14 +73,10 @@ class ComputedRuns:
         metrics = {
             "status": "diverged" if diverged else "finished",
             "diverged_at": 7 if diverged else None,
-            "task": "language_modeling",
-            "metric": "perplexity",
-            "greater_is_better": False,
+            **{"task": "language_modeling", "metric": "perplexity", "greater_is_better": False},
             "extrap": arguments.extrap_config().to_dict(),
-            "optimizer": "SGD",
-            "device": "cpu",
-            "learning_rate": rate,
-            "peak_learning_rate": rate,
+            **{"optimizer": "SGD", "device": "cpu"},
+            **{"learning_rate": rate, "peak_learning_rate": rate},
             "train_loss": 4.0,
             "steps": 7 if diverged else 40,
             "epochs": 1.0,

@@ -1,4 +1,4 @@
-"""The report: its numbers by hand, on runs that are computed; its figures; and what it says of an unfinished study."""
+"""The report of a study: numbers by hand on computed runs, figures, and unfinished studies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hf_extrap.cli import main
 from hf_extrap.lab.study.figures import draw_learning_rates
 from hf_extrap.lab.study.report import report_study
 from hf_extrap.lab.study.results import Results
@@ -27,34 +26,33 @@ from .conftest import ComputedRuns
 WriteStudy = Callable[..., Path]
 
 
-def report(study: Path) -> tuple[Results, str]:
-    """The report, and what was shown."""
-    shown = io.StringIO()
-    found = report_study(study, study.parent / "out", console=Console(file=shown, width=160))
+def report(study: Path, code: int | None = None) -> tuple[Results, str]:
+    """The report, and what was printed; with an exit code, after a run of the study that ends with it."""
+    out, shown = study.parent / "out", io.StringIO()
+    if code is not None:
+        assert run_study(study, output_dir=out, console=Console(file=io.StringIO())) == code
+    found = report_study(study, out, console=Console(file=shown, width=160))
     return found, shown.getvalue()
 
 
-def test_estimates() -> None:
+def test_estimates_differences_and_steps_to_a_target() -> None:
     found = estimate([1.0, 2.0, 6.0])
-    assert found is not None
-    assert (found.mean, found.count) == (3.0, 3)
-    assert found.std == pytest.approx(math.sqrt(7))
+    assert (found.mean, found.count, found.std) == (3.0, 3, pytest.approx(math.sqrt(7)))
     # Of three values a resample's mean is the smallest one with probability 1/27 > 2.5 %, and the largest likewise.
     assert (found.low, found.high) == (1.0, 6.0)
     wide = estimate([float(value) for value in range(101)])
-    assert wide is not None and wide.low is not None and wide.high is not None
     # The normal interval of 101 values 0 … 100.
     half = 1.96 * statistics.stdev(range(101)) / math.sqrt(101)
-    assert (wide.low, wide.high) == (pytest.approx(50 - half, abs=0.3), pytest.approx(50 + half, abs=0.3))
+    assert (wide.low, wide.high) == pytest.approx((50 - half, 50 + half), abs=0.3)
     one = estimate([4.0])
-    assert one is not None and (one.mean, one.std, one.low) == (4.0, None, None)
+    assert (one.mean, one.std, one.low) == (4.0, None, None)
     assert estimate([]) is None and estimate([1.0, math.nan]) is None
-
-
-def test_differences_are_of_the_same_seeds() -> None:
-    found = paired_difference({1: 10.0, 2: 20.0, 3: 99.0}, {1: 11.0, 2: 19.0, 4: 0.0})
-    assert found is not None and (found.mean, found.count) == (0.0, 2)
-    assert found.std == pytest.approx(math.sqrt(2))
+    pairs = paired_difference({1: 10.0, 2: 20.0, 3: 99.0}, {1: 11.0, 2: 19.0, 4: 0.0})
+    assert (pairs.mean, pairs.count, pairs.std) == (0.0, 2, pytest.approx(math.sqrt(2)))
+    rows = [{"step": s, "eval_bleu": v} for s, v in ((5, 10.0), (10, None), (15, 20.0), (20, 15.0))]
+    assert steps_to(15, rows, "bleu", greater_is_better=True) == 15
+    assert steps_to(10, rows, "bleu", greater_is_better=False) == 5
+    assert steps_to(21, rows, "bleu", greater_is_better=True) is None
 
 
 @pytest.mark.parametrize(
@@ -71,13 +69,6 @@ def test_differences_are_of_the_same_seeds() -> None:
 )
 def test_the_gap(score: float, baseline: float, reference: float, greater: bool, closed: float | None) -> None:
     assert gap_closed(score, baseline, reference, greater) == closed
-
-
-def test_steps_to_a_target() -> None:
-    rows = [{"step": s, "eval_bleu": v} for s, v in ((5, 10.0), (10, None), (15, 20.0), (20, 15.0))]
-    assert steps_to(15, rows, "bleu", greater_is_better=True) == 15
-    assert steps_to(10, rows, "bleu", greater_is_better=False) == 5
-    assert steps_to(21, rows, "bleu", greater_is_better=True) is None
 
 
 @pytest.mark.parametrize(
@@ -98,15 +89,14 @@ def test_gradients_a_step(preset: str, fields: dict[str, Any], expected: float) 
 
 def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
-    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
-    results, shown = report(study)
+    with pytest.raises(ValueError, match="holds no run of this study yet"):
+        report(study)
+    results, shown = report(study, 0)
     small, fresh_small, large, fresh = results.entries
     # At rate 1, perplexity on test is 52 + 5 log2 K + the seed, less 4 for `extrap`.
     for entry, mean in ((small, 54.0), (fresh_small, 50.0), (large, 64.0), (fresh, 60.0)):
-        assert entry.point is not None and entry.point["learning_rate"] == 1.0
-        assert entry.test is not None and (entry.test.mean, entry.test.std) == (mean, 1.0)
+        assert (entry.point["learning_rate"], entry.test.mean, entry.test.std) == (1.0, mean, 1.0)
         assert (entry.test.low, entry.test.high) == (mean - 1, mean + 1)
-    assert fresh.difference is not None
     assert (fresh.difference.mean, fresh.difference.std, fresh.difference.low) == (-4.0, 0.0, -4.0)
     # (64 − 60) / (64 − 54); at the small batch there is no gap.
     assert fresh.gap_closed == pytest.approx(0.4)
@@ -140,8 +130,7 @@ def test_a_report_by_hand(computed: ComputedRuns, write_study: WriteStudy) -> No
 
 def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study({"methods/extrap/workers": [4]})
-    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
-    results, shown = report(study)
+    results, shown = report(study, 0)
     assert [(entry.method, entry.workers) for entry in results.entries] == [("none", 1), ("none", 4), ("extrap", 4)]
     assert results.entries[-1].gap_closed == pytest.approx(0.4)
     assert results.missing == [] and "Not complete" not in shown
@@ -153,79 +142,44 @@ def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, wri
 def test_a_target_from_the_small_batch(computed: ComputedRuns, write_study: WriteStudy) -> None:
     source = {"metric": "eval_perplexity", "from": {"method": "none", "workers": 1}}
     study = write_study({"target": source})
-    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
-    results, _ = report(study)
+    results, _ = report(study, 0)
     # The seeds end at 51, 52 and 53: one of them worse than their mean.
     assert results.target == 52.0
     assert results.entries[0].to_target["steps"].count == 2
     results, _ = report(write_study({"target": {**source, "slack": 0.1}}))
     assert results.target == pytest.approx(57.2)
     assert results.entries[0].to_target["steps"].count == 3
-    with pytest.raises(
-        ValueError, match="target.metric is 'bleu'; allowed: loss, perplexity|allowed: perplexity, loss"
-    ):
+    with pytest.raises(ValueError, match="target.metric is 'bleu'; allowed: (loss, perplexity|perplexity, loss)"):
         report(write_study({"target": {**source, "metric": "bleu"}}))
 
 
-@pytest.mark.parametrize("done", [1, 6, 12, 20])
-def test_an_unfinished_study_is_reported(done: int, computed: ComputedRuns, write_study: WriteStudy) -> None:
+@pytest.mark.parametrize(
+    ("done", "missing"),
+    [(1, "none × 1: 1 of 4 trials"), (6, "none × 1: 2 of 3 seeds"), (20, "none × 4: 2 of 3 seeds")],
+)
+def test_an_unfinished_study(done: int, missing: str, computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study({"target": {"metric": "loss", "from": {"method": "none", "workers": 1}}})
     computed.errors[done] = KeyboardInterrupt()
-    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
-    results, shown = report(study)
+    results, shown = report(study, 130)
     assert f"Not complete, {28 - done} of 28 runs are left" in shown
-    expected = {
-        1: "none × 1: 1 of 4 trials are done",
-        6: "none × 1: 2 of 3 seeds are done",
-        12: "extrap × 1: 1 of 3 seeds are done",
-        20: "none × 4: 2 of 3 seeds are done",
-    }
-    assert results.missing[0] == expected[done]
+    assert results.missing[0] == f"{missing} are done"
     assert ("The target is not known yet" in shown) == (done < 7)
 
 
-def test_a_study_without_runs_is_not_reported(
-    computed: ComputedRuns, write_study: WriteStudy, capsys: pytest.CaptureFixture[str]
-) -> None:
-    study = write_study()
-    assert main(["study", "report", str(study), "--output_dir", str(study.parent / "out")]) == 2
-    assert "holds no run of this study yet" in capsys.readouterr().err
-
-
-def test_diverged_seeds_are_told(computed: ComputedRuns, write_study: WriteStudy) -> None:
+def test_diverged_seeds_are_counted(computed: ComputedRuns, write_study: WriteStudy) -> None:
     changes: dict[str, Any] = {"methods/none/search/learning_rate": [1, 2, 3, 4], "batches": [{"workers": 1}]}
     study = write_study(changes)
     computed.errors[5] = RuntimeError("lost")
-    assert run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO())) == 1
-    results, shown = report(study)
-    assert results.entries[0].test is not None and results.entries[0].test.mean == 54.0
+    results, shown = report(study, 1)
+    assert results.entries[0].test.mean == 54.0
     assert "54.00 ± 1.41 (2/3 seeds, 1 diverged or failed)" in shown
     assert "none × 1: 1 runs failed" in shown
-
-
-def test_a_rate_that_trains_badly_does_not_flatten_the_figure(computed: ComputedRuns, write_study: WriteStudy) -> None:
-    # Perplexities within 1 of each other, but for 50 + 10 * 36 at a rate of a millionth.
-    rates = [1e-6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4]
-    none = {"methods/none/search/learning_rate": rates}
-    search = {"methods/extrap/search": {"learning_rate": rates}, "search/trials": 8}
-    study = write_study(none | search)
-    run_study(study, output_dir=study.parent / "out", console=Console(file=io.StringIO()))
-    results, _ = report(study)
-    found = draw_learning_rates(results)
-    assert found is not None
-    figure, caption = found
-    assert "triangles at an edge" in caption
-    for axes in figure.axes:
-        low, high = axes.get_ylim()
-        assert 40 < low < high < 65
-        assert sum(line.get_marker() == "^" and line.get_xdata()[0] == 1e-6 for line in axes.lines) == 2
 
 
 def test_the_sharpness_where_training_ends(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
     folder = study.parent / "out"
-    run_study(study, output_dir=folder, console=Console(file=io.StringIO()))
-    assert "sharpness at the end" not in report(study)[1]
+    assert "sharpness at the end" not in report(study, 0)[1]
     for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines()):
         if row["stage"] == "final":
             # 10 at first, at the end the seed, and 2 less for `extrap`; the last row has no number.
@@ -236,11 +190,23 @@ def test_the_sharpness_where_training_ends(computed: ComputedRuns, write_study: 
             history.write_text("\n".join([history.read_text().rstrip("\n"), *lines, ""]))
     results, shown = report(study)
     none, extrap = results.entries[2:]
-    assert none.sharpness is not None and (none.sharpness.mean, none.sharpness.std) == (2.0, 1.0)
-    assert extrap.sharpness is not None and extrap.sharpness.mean == 0.0
+    assert (none.sharpness.mean, none.sharpness.std, extrap.sharpness.mean) == (2.0, 1.0, 0.0)
     difference = extrap.sharpness_difference
-    assert difference is not None and (difference.mean, difference.std, difference.count) == (-2.0, 0.0, 3)
+    assert (difference.mean, difference.std, difference.count) == (-2.0, 0.0, 3)
     assert "sharpness at the end" in shown
     text = (folder / "report.md").read_text()
     assert text.count("| extrap | 0.00 ± 1.00 | -1.00 … 1.00 | -2.00 ± 0.00 | -2.00 … -2.00 |") == 2
     assert (folder / "along_training.png").stat().st_size > 10_000
+
+
+def test_a_rate_that_trains_badly_does_not_flatten_the_figure(computed: ComputedRuns, write_study: WriteStudy) -> None:
+    # Perplexities within 1 of each other, but for 50 + 10 * 36 at a rate of a millionth.
+    rates = [1e-6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4]
+    changes = {"methods/none/search/learning_rate": rates, "methods/extrap/search": {"learning_rate": rates}}
+    results, _ = report(write_study({**changes, "search/trials": 8}), 0)
+    found = draw_learning_rates(results)
+    assert found is not None and "triangles at an edge" in found[1]
+    for axes in found[0].axes:
+        low, high = axes.get_ylim()
+        assert 40 < low < high < 65
+        assert sum(line.get_marker() == "^" and line.get_xdata()[0] == 1e-6 for line in axes.lines) == 2

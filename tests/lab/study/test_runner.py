@@ -1,4 +1,4 @@
-"""Running a study: what runs, in which order, what is kept, and what happens when something or someone stops it."""
+"""The runner of a study: what runs, in which order, what is kept, interrupts and failures."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ WriteStudy = Callable[..., Path]
 
 
 def run(study: Path, **options: Any) -> tuple[int, str]:
-    """The exit code, and what was shown."""
-    shown = io.StringIO()
-    code = run_study(study, output_dir=study.parent / "out", console=Console(file=shown, width=200), **options)
-    return code, shown.getvalue()
+    """The exit code, and what was printed."""
+    console = Console(file=io.StringIO(), width=200)
+    return run_study(study, output_dir=study.parent / "out", console=console, **options), console.file.getvalue()
 
 
 def rows_of(study: Path) -> list[dict[str, Any]]:
-    """The lines of rows.jsonl."""
     return [json.loads(line) for line in (study.parent / "out/rows.jsonl").read_text().splitlines()]
 
 
-def test_every_method_is_tuned_alike_and_the_best_is_run_with_the_seeds(
-    computed: ComputedRuns, write_study: WriteStudy
-) -> None:
+def test_every_method_is_tuned_and_its_best_point_is_run(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
     code, shown = run(study)
     assert code == 0
@@ -69,23 +65,14 @@ def test_every_method_is_tuned_alike_and_the_best_is_run_with_the_seeds(
 
 
 def test_every_run_leaves_little_and_stops_early(computed: ComputedRuns, write_study: WriteStudy) -> None:
-    run(
-        write_study(
-            {
-                "fields": {"weight_decay": 0.5},
-                "batches": [{"workers": 4, "fields": {"max_steps": 30}}],
-                "reference": None,
-            }
-        )
-    )
+    batches = [{"workers": 4, "fields": {"max_steps": 30}}]
+    run(write_study({"fields": {"weight_decay": 0.5}, "batches": batches, "reference": None}))
     for given in computed.given:
         assert (given["save_model"], given["abort_factor"], given["logging_first_step"]) == (False, 3.0, True)
         assert (given["weight_decay"], given["max_steps"], given["extrap_virtual_workers"]) == (0.5, 30, 4)
 
 
-def test_a_second_call_runs_nothing_and_a_changed_study_only_what_changed(
-    computed: ComputedRuns, write_study: WriteStudy
-) -> None:
+def test_a_second_call_runs_only_what_changed(computed: ComputedRuns, write_study: WriteStudy) -> None:
     run(write_study())
     before = (len(computed.given), rows_of(write_study())[0])
     run(write_study())
@@ -114,21 +101,22 @@ def test_a_method_runs_at_its_own_batch_sizes(computed: ComputedRuns, write_stud
     assert {(row["method"], row["workers"]) for row in rows_of(study)[21:]} == {("extrap", 1)}
 
 
-def test_ctrl_c_keeps_what_is_done(computed: ComputedRuns, write_study: WriteStudy) -> None:
+def test_an_interrupt_or_a_deadline_keeps_what_is_done(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
-    computed.errors[5] = KeyboardInterrupt()
+    # The clock ends the third run, and another call is interrupted after three more.
+    computed.errors |= {2: OutOfTime(), 6: KeyboardInterrupt()}
+    code, shown = run(study, minutes=60)
+    assert code == 0 and "2 of 28 runs are done" in shown and len(rows_of(study)) == 2
     code, shown = run(study)
     assert code == 130 and "5 of 28 runs are done" in shown and "23 are left" in shown
     assert len(list((study.parent / "out/runs").iterdir())) == 1
     # The lock is free, and the run that was interrupted begins again.
     code, _ = run(study)
-    assert code == 0 and len(rows_of(study)) == 28 and len(computed.given) == 29
-    assert computed.given[5] == computed.given[6]
+    assert code == 0 and len(rows_of(study)) == 28 and len(computed.given) == 30
+    assert computed.given[6] == computed.given[7]
 
 
-def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(
-    computed: ComputedRuns, write_study: WriteStudy
-) -> None:
+def test_a_failed_run_is_tried_again(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
     computed.errors[0] = RuntimeError("no memory\nis left")
     code, shown = run(study)
@@ -138,10 +126,9 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(
     assert len(rows_of(study)) == 28
     code, _ = run(study)
     assert code == 0 and len(rows_of(study)) == 29 and rows_of(study)[-1]["status"] == "finished"
-
-
-def test_a_method_that_never_trains_has_no_final_runs(computed: ComputedRuns, write_study: WriteStudy) -> None:
-    study = write_study({"methods/none/search/learning_rate": [100, 200, 300, 400]})
+    # A method that never trains has no final runs.
+    study = write_study({"methods/none/search/learning_rate": [100, 200, 300, 400], "name": "another"})
+    (study.parent / "out/rows.jsonl").unlink()
     code, shown = run(study)
     assert code == 0 and len(rows_of(study)) == 22
     assert "no trial of none × 1, none × 4 trained" in shown and "are left" not in shown
@@ -160,65 +147,29 @@ def test_a_line_that_was_cut_off_is_written_anew(computed: ComputedRuns, write_s
         run(study)
 
 
-def test_two_programs_do_not_run_the_same_study(computed: ComputedRuns, write_study: WriteStudy) -> None:
-    study = write_study()
-    lock = StudyFolder(study.parent / "out").lock()
-    with pytest.raises(ValueError, match="is in use by another"):
-        run(study)
-    lock.release()
-    assert run(study)[0] == 0
+def test_runs_end_in_time(computed: ComputedRuns, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
 
+    def run_for_seconds(*args: Any, **named: Any) -> dict[str, Any]:
+        nonlocal now
+        metrics = computed(*args, **named)
+        now += 30 if metrics["extrap"]["direction"] == "gradient" else 10
+        return metrics
 
-def test_a_run_that_would_end_too_late_is_not_started(
-    computed: ComputedRuns, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(runner.time, "time", clock.time)
-    monkeypatch.setattr(execution.time, "perf_counter", clock.time)
-    # A run of `extrap` takes 30 seconds, another one 10.
-    monkeypatch.setattr(execution, "run", lambda *a, **k: clock.take(computed(*a, **k)))
+    monkeypatch.setattr(runner.time, "time", lambda: now)
+    monkeypatch.setattr(execution.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(execution, "run", run_for_seconds)
     study = write_study()
     # 7 runs of `none` with one worker end at 70 s, one of `extrap` at 100 s; `none` with 4 workers fills the rest.
     code, shown = run(study, minutes=2.0)
     assert code == 0 and "are left" in shown
     done = [(row["method"], row["workers"]) for row in rows_of(study)]
     assert done == [("none", 1)] * 7 + [("extrap", 1)] + [("none", 4)] * 2
-    assert clock.now == pytest.approx(120)
+    assert now == pytest.approx(120)
     assert run(study)[0] == 0 and len(rows_of(study)) == 28
 
 
-class Clock:
-    """A clock that runs take time on."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def take(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        self.now += 30 if metrics["extrap"]["direction"] == "gradient" else 10
-        return metrics
-
-
-def test_expected_seconds_come_from_like_runs() -> None:
-    def row(method: str, workers: int, seconds: float, status: str = "finished") -> dict[str, Any]:
-        return {"method": method, "workers": workers, "wall_clock_seconds": seconds, "status": status}
-
-    def cell(method: str, workers: int) -> Cell:
-        return Cell("s", "tune", method, workers, 0, {}, 0, "x")
-
-    rows = [row("a", 1, 10), row("a", 1, 20), row("b", 1, 60), row("b", 4, 2, "diverged")]
-    assert expected_seconds(cell("a", 1), rows) == 15
-    assert expected_seconds(cell("c", 1), rows) == 30
-    # A run that diverged takes less time than one that does not.
-    assert expected_seconds(cell("b", 4), rows) == 30
-    assert expected_seconds(cell("a", 1), []) is None
-
-
-def test_a_killed_process_fails_its_runs_alone(
-    computed: ComputedRuns, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_process(computed: ComputedRuns, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     pools = [BrokenPool(), ThisProcess()]
     monkeypatch.setattr(runner, "start", lambda jobs: pools.pop(0))
     study = write_study()
@@ -232,24 +183,34 @@ def test_a_killed_process_fails_its_runs_alone(
 class BrokenPool(ThisProcess):
     """A pool one of whose processes was killed."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+    def submit(self, *_: Any, **__: Any) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_exception(BrokenExecutor())
         return future
 
 
-def test_a_run_that_is_stopped_by_the_clock_is_no_row(computed: ComputedRuns, write_study: WriteStudy) -> None:
-    study = write_study()
-    computed.errors[2] = OutOfTime()
-    code, shown = run(study, minutes=60)
-    assert code == 0 and "2 of 28 runs are done" in shown and len(rows_of(study)) == 2
-
-
-def test_bad_options_are_refused(write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options_and_a_second_program_are_refused(write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--jobs is 0"):
         run(write_study(), jobs=0)
     with pytest.raises(ValueError, match="--minutes is 0"):
         run(write_study(), minutes=0)
+    lock = StudyFolder(write_study().parent / "out").lock()
+    with pytest.raises(ValueError, match="is in use by another"):
+        run(write_study())
+    lock.release()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
         run(write_study())
+
+    def row(method: str, workers: int, seconds: float, status: str = "finished") -> dict[str, Any]:
+        return {"method": method, "workers": workers, "wall_clock_seconds": seconds, "status": status}
+
+    def cell(method: str, workers: int) -> Cell:
+        return Cell("s", "tune", method, workers, 0, {}, 0, "x")
+
+    rows = [row("a", 1, 10), row("a", 1, 20), row("b", 1, 60), row("b", 4, 2, "diverged")]
+    assert expected_seconds(cell("a", 1), rows) == 15
+    assert expected_seconds(cell("c", 1), rows) == 30
+    # A run that diverged takes less time than one that does not.
+    assert expected_seconds(cell("b", 4), rows) == 30
+    assert expected_seconds(cell("a", 1), []) is None

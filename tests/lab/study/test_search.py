@@ -1,4 +1,4 @@
-"""The points that are tried: a grid, and Optuna's, which a study that was cut off asks for again."""
+"""The points of a study: a grid, and those of Optuna, which an interrupted study asks for again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ from .conftest import ComputedRuns
 WriteStudy = Callable[..., Path]
 
 
-def test_a_grid_is_the_product_in_order() -> None:
-    points = grid({"a": [1, 2], "b": ["x", "y"]})
-    assert points == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
-
-
-def test_suggestions_depend_on_the_seed_and_on_what_came_out() -> None:
+def test_suggestions_and_the_grid() -> None:
     values = {"rate": Range(1e-3, 1e3, log=True), "kind": ["p", "q"]}
     first = suggest(values, [], 0, greater_is_better=False)
     assert first == suggest(values, [], 0, greater_is_better=False) != suggest(values, [], 1, greater_is_better=False)
@@ -37,31 +32,27 @@ def test_suggestions_depend_on_the_seed_and_on_what_came_out() -> None:
     near = [suggest(values, earlier, seed, greater_is_better=False) for seed in range(20)]
     assert sum(0 < math.log10(point["rate"]) < 2 for point in near) >= 12
     assert all(float(f"{point['rate']:.4g}") == point["rate"] for point in near)
+    points = grid({"a": [1, 2], "b": ["x", "y"]})
+    assert points == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
 
 
-def test_a_study_by_optuna_ends_the_same_when_it_is_cut_off(
-    computed: ComputedRuns, write_study: WriteStudy, tmp_path: Path
-) -> None:
-    changes = {
-        "search": {"kind": "optuna", "trials": 6, "seed": 3},
-        "methods/none/search/learning_rate": {"low": 0.01, "high": 50, "log": True},
-        "methods/extrap/search": {
-            "learning_rate": {"low": 0.01, "high": 50, "log": True},
-            "extrap_batch": ["same", "independent"],
-        },
-    }
+def test_an_interrupted_study_of_optuna(computed: ComputedRuns, write_study: WriteStudy, tmp_path: Path) -> None:
+    rates = {"low": 0.01, "high": 50, "log": True}
+    changes: dict[str, Any] = {"search": {"kind": "optuna", "trials": 6, "seed": 3}}
+    changes["methods/none/search/learning_rate"] = rates
+    changes["methods/extrap/search"] = {"learning_rate": rates, "extrap_batch": ["same", "independent"]}
     study = write_study(changes)
-    folders = [tmp_path / "whole", tmp_path / "parts"]
-    run_study(study, output_dir=folders[0], console=Console(file=io.StringIO()))
+    folders, quiet = [tmp_path / "whole", tmp_path / "parts"], Console(file=io.StringIO())
+    run_study(study, output_dir=folders[0], console=quiet)
     for stop in (3, 11, 20):
         computed.errors[len(computed.given) + stop % 7] = KeyboardInterrupt()
-        run_study(study, output_dir=folders[1], console=Console(file=io.StringIO()))
-    assert run_study(study, output_dir=folders[1], console=Console(file=io.StringIO())) == 0
+        run_study(study, output_dir=folders[1], console=quiet)
+    assert run_study(study, output_dir=folders[1], console=quiet) == 0
     whole, parts = ([json.loads(line) for line in (f / "rows.jsonl").read_text().splitlines()] for f in folders)
     assert len(whole) == 2 * 2 * (6 + 3)
     assert [row["fingerprint"] for row in parts] == [row["fingerprint"] for row in whole]
-    rates = [row["learning_rate"] for row in whole if row["stage"] == "tune"]
-    assert len(set(rates[:6])) == 6 and all(0.01 <= rate <= 50 for rate in rates)
+    tried = [row["learning_rate"] for row in whole if row["stage"] == "tune"]
+    assert len(set(tried[:6])) == 6 and all(0.01 <= rate <= 50 for rate in tried)
     # The best of six comes within a factor of four of the optimum, 1.
     finals = {(row["method"], row["workers"]): row["learning_rate"] for row in whole if row["stage"] == "final"}
     assert all(0.25 < rate < 4 for rate in finals.values())

@@ -1,4 +1,4 @@
-"""A study's file: what it may not say, told in one sentence before anything runs."""
+"""The file of a study: errors in one sentence before anything runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hf_extrap.cli import main
+from hf_extrap.lab.study.plan import Plan
 from hf_extrap.lab.study.specification import Range, read_study
 
 WriteStudy = Callable[..., Path]
@@ -23,28 +24,24 @@ WriteStudy = Callable[..., Path]
         ({"batches": []}, "batches is empty; allowed: at least one"),
         ({"batches": [{"workers": 1}, {"workers": 1}]}, "batches holds one twice"),
         ({"batches": [{"workers": 0}]}, "batches[0].workers is 0; allowed: greater than or equal to 1"),
-        ({"batches": [{"workers": True}]}, "batches[0].workers is True; allowed: a valid integer"),
         ({"search/trials": 5}, "methods.none.search has 4 points and search.trials is 5; allowed: the same number"),
         ({"search/kind": "random"}, "search.kind is 'random'; allowed: 'grid' or 'optuna'"),
         (
             {"methods/none/search/learning_rate": {"low": 1, "high": 2}},
-            "is a range; allowed with search.kind grid: a list",
+            "a range; allowed with search.kind grid: a list",
         ),
         ({"methods/none/search/learning_rate": {"low": 2, "high": 1}}, "allowed: low < high"),
         ({"methods/none/search/learning_rate": [1, 1, 2, 3]}, "allowed: a list of different values"),
         ({"methods/lamb": {"search": {"learning_rate": [1, 2, 3, 4]}}}, "methods.lamb names no preset"),
         ({"methods/none/fields": {"seed": 1}}, "methods.none.fields gives seed, which a study sets for each run"),
         ({"fields": {"extrap": "sam"}}, "fields gives extrap; allowed: a method's fields"),
-        ({"methods/none/search/learning_rate": 3}, "methods.none.search.learning_rate is 3; allowed: an object"),
         ({"methods/none/search/learning_rate": {"low": 1, "hihg": 2}}, "hihg is unknown (did you mean 'high'?)"),
         ({"tune_seeds": []}, "tune_seeds is empty and search.trials is 4; allowed: at least one"),
         ({"seeds": [0, 1]}, "seeds and tune_seeds both hold 0"),
         ({"baseline": "sgd"}, "baseline is 'sgd'; allowed: a method of the study, none, extrap"),
         ({"reference/workers": 2}, "reference: 'none' does not run with 2 workers; allowed: 1, 4"),
         ({"methods/extrap/workers": [2]}, "methods.extrap.workers is [2]; allowed: different ones of 1, 4"),
-        ({"methods/extrap/workers": []}, "methods.extrap.workers is []; allowed: different ones of 1, 4"),
         ({"methods/extrap/workers": [4, 4]}, "methods.extrap.workers is [4, 4]; allowed: different ones of 1, 4"),
-        ({"methods/extrap/workers": 4}, "methods.extrap.workers is 4; allowed: a valid list"),
         ({"methods/extrap/workers": [4.0]}, "methods.extrap.workers[0] is 4.0; allowed: a valid integer"),
         ({"methods/none/workers": [4]}, "reference: 'none' does not run with 1 workers; allowed: 4"),
         (
@@ -56,10 +53,7 @@ WriteStudy = Callable[..., Path]
         ({"config": "elsewhere.yaml"}, "config elsewhere.yaml is neither in this folder nor beside the study"),
         # Found by resolving the runs.
         ({"fields": {"learnin_rate": 1}}, "unknown field --learnin_rate (did you mean 'learning_rate'?)"),
-        (
-            {"methods/extrap/fields": {"extrap_scope": "near"}},
-            "method 'extrap' with 1 workers: --extrap_scope: invalid",
-        ),
+        ({"methods/extrap/fields": {"extrap_scope": "near"}}, "method 'extrap' with 1 workers: --extrap_scope: inv"),
         ({"fields": {"eval_strategy": "no"}}, "target needs evaluations during training, and eval_strategy is 'no'"),
     ],
 )
@@ -67,9 +61,9 @@ def test_a_bad_study_ends_in_one_sentence(
     changes: dict[str, Any], sentence: str, write_study: WriteStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", "run", str(write_study(changes)), "--output_dir", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err.strip()
-    assert told.startswith("hf-extrap: error: ") and told.endswith(".") and "\n" not in told
-    assert sentence in told
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("hf-extrap: error: ") and error.endswith(".") and "\n" not in error
+    assert sentence in error
     assert not (tmp_path / "out").exists()
 
 
@@ -86,8 +80,15 @@ def test_learning_rates_are_scaled_to_the_batch(write_study: WriteStudy) -> None
     # The first batch is the one that the rates are for, whatever its size.
     study = read_study(write_study({**changes, "batches": [{"workers": 4}, {"workers": 1}]}))
     assert study.values("none", 1)["learning_rate"] == Range(2.5e-4, 0.25, log=True)
-
-
-def test_numbers_without_a_point_are_numbers(write_study: WriteStudy) -> None:
     study = read_study(write_study({"methods/none/search/learning_rate": ["1e-3", "1e-2", 1, "auto"]}))
     assert study.methods["none"].search["learning_rate"] == [0.001, 0.01, 1, "auto"]
+
+
+def test_every_shipped_study_resolves(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    paths = sorted((repository / "configs" / "studies").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        plan = Plan(read_study(path))
+        plan.check()
+        assert len(plan.ready({})) == len(plan.chains) * plan.study.search.trials * len(plan.study.tune_seeds) > 0

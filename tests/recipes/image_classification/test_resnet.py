@@ -30,30 +30,21 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def test_resnet_20_has_the_published_number_of_parameters_and_layers() -> None:
+def test_resnet_20_is_that_of_he_et_al() -> None:
     model = resnet(depth=20, width=16)
     assert model.num_parameters() == 272_474
     names = [name for name, p in model.named_parameters() if p.dim() > 1 and "shortcut" not in name]
     assert len(names) == 20
-
-
-def test_stages_halve_the_image_twice() -> None:
     shapes = [tuple(h.shape) for h in resnet()(random_images(), output_hidden_states=True).hidden_states]
     assert shapes == [(4, 4, 32, 32), (4, 4, 32, 32), (4, 8, 16, 16), (4, 16, 8, 8)]
-
-
-def test_weights_start_as_he_et_al_have_them() -> None:
     weight = resnet(width=64).resnet.encoder.stages[1].layers[0].layer[1].convolution.weight
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.01)
 
 
-def test_bytes_are_normalized_and_floats_are_not() -> None:
+def test_normalization_loss_and_gradients() -> None:
     model, images = resnet(), random_images()
     torch.testing.assert_close(model(images).logits, model(normalized(images)).logits)
     assert not torch.allclose(model(images).logits, model(images.float()).logits)
-
-
-def test_the_loss_is_the_mean_cross_entropy_and_reaches_every_parameter() -> None:
     model, labels = resnet(), torch.tensor([0, 3, 9, 1])
     output = model(random_images(), labels=labels)
     expected = torch.nn.functional.cross_entropy(output.logits, labels)
@@ -77,20 +68,9 @@ def test_a_saved_model_is_the_same_and_a_pipeline_takes_images(tmp_path: Path) -
     assert found["score"] == pytest.approx(float(expected[0].softmax(-1).max()), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"depth": 18}, "depth"),
-        ({"width": 0}, "width"),
-        ({"image_std": [1, 0, 1]}, "image_std"),
-        ({"image_mean": [0.5]}, "image_mean"),
-    ],
-)
-def test_a_wrong_shape_is_refused(fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=f"`{named}`"):
-        resnet(**fields)
-
-
-def test_wrong_images_are_refused() -> None:
+@pytest.mark.parametrize("name, value", [("depth", 18), ("width", 0), ("image_std", [1, 0, 1]), ("image_mean", [0.5])])
+def test_wrong_shapes_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        resnet(**{name: value})
     with pytest.raises(ValueError, match="allowed"):
         resnet()(random_images()[:, :1])

@@ -47,7 +47,7 @@ def write(folder: Path, count: int = 40, size: int = 6, **parts: datasets.Datase
     return folder
 
 
-def test_digits_are_split_evenly_and_never_twice(cache: Path) -> None:
+def test_digits_are_split_evenly_and_normalized(cache: Path) -> None:
     prepared = prepare(cache)
     parts = [prepared.train_dataset, prepared.eval_dataset, prepared.test_dataset]
     assert [len(part) for part in parts] == [1140, 297, 360]
@@ -60,6 +60,12 @@ def test_digits_are_split_evenly_and_never_twice(cache: Path) -> None:
     assert prepared.augment is None
     assert prepared.model.config.id2label[9] == "9"
     assert prepared.facts["dataset"] == "scikit-learn digits"
+    (kept, cut), (_, again) = (stratified_cut(builtin_digits()["train"], 100, "label") for _ in range(2))
+    assert cut["label"] == again["label"] and len(kept) == 1040 and len(cut) == 100
+    seen = prepared.model.normalization(torch.from_numpy(np.array(prepared.train_dataset.images)))
+    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    assert list(prepared.processing_class.image_mean) == list(prepared.model.config.image_mean)
 
 
 def test_images_are_those_of_the_files_and_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,22 +84,16 @@ def test_images_are_those_of_the_files_and_are_decoded_once(tmp_path: Path, monk
         prepare(tmp_path, data_dir=str(folder), validation_samples=12)
 
 
-def test_the_model_normalizes_the_training_images(cache: Path) -> None:
-    prepared = prepare(cache)
-    images = torch.from_numpy(np.array(prepared.train_dataset.images))
-    seen = prepared.model.normalization(images)
-    torch.testing.assert_close(seen.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(seen.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
-    assert list(prepared.processing_class.image_mean) == list(prepared.model.config.image_mean)
-
-
-def test_a_batch_is_the_same_whole_or_collated() -> None:
+def test_batches_and_accuracy() -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, 3, 5, 5), dtype=np.uint8)
     part = ImageDataset(images, np.arange(9))
     whole, collated = collate(part.__getitems__([7, 2, 2])), collate([part[7], part[2], part[2]])
     for name in ("pixel_values", "labels"):
         assert whole[name].dtype == collated[name].dtype and torch.equal(whole[name], collated[name])
     assert whole["labels"].tolist() == [7, 2, 2]
+    labels = torch.tensor([1, 0, 0, 0])
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+    assert accuracy(EvalPrediction(most_likely(logits, labels).numpy(), labels.numpy())) == {"accuracy": 75.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -110,56 +110,22 @@ def test_a_crop_is_the_image_moved_with_zeros_at_its_edges(dtype: torch.dtype) -
     assert len(found) == 25
 
 
-def test_half_of_the_images_are_flipped() -> None:
+def test_flips_and_the_augmentation_of_a_generator() -> None:
     images = torch.rand(1000, 1, 2, 3)
     flipped = random_flip(images, torch.Generator().manual_seed(0))
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert (mirrored | (flipped == images).flatten(1).all(1)).all()
     assert 450 < int(mirrored.sum()) < 550
-
-
-def test_augmentation_depends_on_its_generator_alone() -> None:
     batch = {"pixel_values": torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), "labels": torch.arange(8)}
     augment = Augmentation(crop=2, flip=True)
     first, again, other = (augment(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first["pixel_values"], again["pixel_values"])
     assert not torch.equal(first["pixel_values"], other["pixel_values"])
     assert first["labels"] is batch["labels"]
-
-
-def test_fields_override_what_the_data_suggests() -> None:
     assert ImageClassificationArguments(dataset="uoft-cs/cifar10").augmentation == Augmentation(4, True)
     assert ImageClassificationArguments(random_flip=True).augmentation == Augmentation(0, True)
     none = ImageClassificationArguments(dataset="uoft-cs/cifar10", random_crop=0, random_flip=False)
     assert none.augmentation is None
-
-
-def test_accuracy_is_in_percent() -> None:
-    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
-    labels = torch.tensor([1, 0, 0, 0])
-    prediction = EvalPrediction(most_likely(logits, labels).numpy(), labels.numpy())
-    assert accuracy(prediction) == {"accuracy": 75.0}
-
-
-def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    folder = write(tmp_path / "data")
-    with pytest.raises(ValueError, match="99 rows cannot be cut off a training split of 40"):
-        prepare(tmp_path, data_dir=str(folder), validation_samples=99)
-    with pytest.raises(ValueError, match="'image'"):
-        prepare(tmp_path, data_dir=str(folder), image_column="image", validation_samples=8)
-    with pytest.raises(ValueError, match="allowed: the feature Image"):
-        prepare(tmp_path, data_dir=str(folder), image_column="label", validation_samples=8)
-    larger = rows(np.zeros((8, 7, 7, 3), dtype=np.uint8), [0, 1, 2, 3] * 2)
-    with pytest.raises(ValueError, match="differ in size"):
-        prepare(tmp_path, data_dir=str(write(tmp_path / "larger", test=larger)), validation_samples=8)
-    fifth = rows(np.zeros((1, 6, 6, 3), dtype=np.uint8), [4])
-    with pytest.raises(ValueError, match="class 4"):
-        prepare(tmp_path, data_dir=str(write(tmp_path / "fifth", test=fifth)), validation_samples=8)
-    with pytest.raises(FileNotFoundError, match="no file for split 'test'"):
-        (folder / "test.parquet").unlink()
-        prepare(tmp_path, data_dir=str(folder), validation_samples=8)
-    with pytest.raises(ValueError, match="`depth`"):
-        ImageClassificationArguments(depth=10)
 
 
 def test_other_models_are_refused(tmp_path: Path, cache: Path) -> None:
@@ -181,7 +147,18 @@ def test_a_subset_of_sorted_rows_has_every_class(tmp_path: Path) -> None:
         assert len(part) == size and len(np.unique(part.labels)) == 4
 
 
-def test_a_cut_is_the_same_each_time() -> None:
-    data = builtin_digits()["train"]
-    (kept, cut), (_, again) = (stratified_cut(data, 100, "label") for _ in range(2))
-    assert cut["label"] == again["label"] and len(kept) == 1040 and len(cut) == 100
+def test_unusable_data_is_refused(tmp_path: Path) -> None:
+    larger = rows(np.zeros((8, 7, 7, 3), dtype=np.uint8), [0, 1, 2, 3] * 2)
+    fifth = rows(np.zeros((1, 6, 6, 3), dtype=np.uint8), [4])
+    for test, fields, message in (
+        (None, {"validation_samples": 99}, "99 rows cannot be cut off a training split of 40"),
+        (None, {"image_column": "image"}, "'image'"),
+        (None, {"image_column": "label"}, "allowed: the feature Image"),
+        (larger, {}, "differ in size"),
+        (fifth, {}, "class 4"),
+    ):
+        folder = write(tmp_path / "data", **({} if test is None else {"test": test}))
+        with pytest.raises(ValueError, match=message):
+            prepare(tmp_path, data_dir=str(folder), **{"validation_samples": 8, **fields})
+    with pytest.raises(ValueError, match="`depth`"):
+        ImageClassificationArguments(depth=10)

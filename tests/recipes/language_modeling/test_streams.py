@@ -26,20 +26,15 @@ def worker_texts(world_size: int, accumulation: int, batch: int = 2, seq_len: in
     return {worker: np.stack(chunks) for worker, chunks in texts.items()}
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
-def test_every_worker_reads_contiguously(world_size: int, accumulation: int) -> None:
-    for chunks in worker_texts(world_size, accumulation).values():
-        assert len(chunks) == 4
+@pytest.mark.parametrize("splits", [[(1, 1)], [(1, 2), (2, 1)], [(1, 4), (2, 2), (4, 1)]])
+def test_a_worker_real_or_virtual_reads_one_contiguous_text(splits: list[tuple[int, int]]) -> None:
+    first, *others = (worker_texts(*split) for split in splits)
+    for chunks in first.values():
         # The text is 0, 1, 2, ...: each chunk begins with the last token of the chunk before.
-        assert (chunks[1:, :, 0] == chunks[:-1, :, -1]).all()
+        assert len(chunks) == 4 and (chunks[1:, :, 0] == chunks[:-1, :, -1]).all()
         assert (np.diff(chunks, axis=2) == 1).all()
-
-
-@pytest.mark.parametrize(("one", "other"), [((1, 2), (2, 1)), ((1, 4), (2, 2))])
-def test_workers_read_the_same_whether_real_or_virtual(one: tuple[int, int], other: tuple[int, int]) -> None:
-    first, second = worker_texts(*one), worker_texts(*other)
-    assert first.keys() == second.keys()
-    assert all((first[worker] == second[worker]).all() for worker in first)
+    for other in others:
+        assert first.keys() == other.keys() and all((first[worker] == other[worker]).all() for worker in first)
 
 
 @pytest.mark.parametrize("streams", [1, 3, 8])
@@ -60,13 +55,17 @@ def test_complete_counts_every_token_once(streams: int, seq_len: int, targets: i
     assert data.targets == targets
 
 
-def test_training_leaves_out_only_the_incomplete_end() -> None:
+def test_training_omits_the_incomplete_end_and_refuses_a_short_text() -> None:
     data = StreamDataset(np.arange(100), streams=4, seq_len=5)
     targets = sorted(t for i in range(len(data)) for t in data[i]["labels"].tolist() if t != IGNORED)
     assert targets == list(range(1, 81))
     assert (len(data), data.targets) == (16, 80)
     with pytest.raises(IndexError):
         data[16]
+    with pytest.raises(ValueError, match="train has 19 tokens and 4 streams .* need 20"):
+        StreamDataset(np.arange(20), streams=4, seq_len=5, name="train")
+    with pytest.raises(ValueError, match="need 4"):
+        StreamDataset(np.arange(4), streams=4, seq_len=5, complete=True)
 
 
 class CountedText(np.ndarray):
@@ -94,10 +93,3 @@ def test_a_batch_holds_the_items_and_is_read_at_once(batch: int, complete: bool)
         for name, tensor in whole.items():
             assert tensor.dtype == torch.int64 and torch.equal(tensor, torch.stack([item[name] for item in alone]))
     assert torch.equal(collate(items[:3])["input_ids"], torch.stack([item["input_ids"] for item in items[:3]]))
-
-
-def test_too_short_a_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="train has 19 tokens and 4 streams .* need 20"):
-        StreamDataset(np.arange(20), streams=4, seq_len=5, name="train")
-    with pytest.raises(ValueError, match="need 4"):
-        StreamDataset(np.arange(4), streams=4, seq_len=5, complete=True)

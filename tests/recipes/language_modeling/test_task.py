@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
 from hf_extrap.recipes import get_task
 from hf_extrap.recipes.data import SPLITS, DataArguments, cached_folder, load_splits
 from hf_extrap.recipes.language_modeling import text
-from hf_extrap.recipes.language_modeling.task import LanguageModelingArguments, LanguageModelingTask, sum_token_losses
+from hf_extrap.recipes.language_modeling.task import LanguageModelingArguments, sum_token_losses
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams, word_level_tokenizer
 from hf_extrap.recipes.models import ExtrapLstmForCausalLM
 from hf_extrap.recipes.task import PreparedTask
@@ -39,38 +39,28 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+def training_arguments(tmp_path: Path, **fields: Any) -> ExtrapTrainingArguments:
+    quiet = {"use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False, "save_strategy": "no"}
+    return ExtrapTrainingArguments(str(tmp_path / "out"), **quiet, **fields)
+
+
+def evaluate(tmp_path: Path, prepared: PreparedTask, **fields: Any) -> float:
+    """The perplexity that the Trainer finds."""
+    names = ("eval_dataset", "data_collator", "compute_metrics", "preprocess_logits_for_metrics")
+    trainer = ExtrapTrainer(
+        prepared.model,
+        training_arguments(tmp_path, **{"per_device_eval_batch_size": 3, **fields}),
+        **{name: getattr(prepared, name) for name in names},
+    )
+    first, again = (trainer.evaluate()["eval_perplexity"] for _ in range(2))
+    assert first == again
+    return first
+
+
 def prepare(tmp_path: Path, training: dict[str, Any] | None = None, **fields: Any) -> PreparedTask:
     arguments = LanguageModelingArguments(data_cache_dir=str(tmp_path / "cache"), **{"seq_len": 4, **fields})
     batch = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
     return get_task("language_modeling").prepare(arguments, training_arguments(tmp_path, **batch, **(training or {})))
-
-
-def training_arguments(tmp_path: Path, **fields: Any) -> TrainingArguments:
-    return TrainingArguments(
-        str(tmp_path / "out"),
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-        **fields,
-    )
-
-
-def evaluate(tmp_path: Path, prepared: PreparedTask, batch: int = 3) -> dict[str, float]:
-    trainer = Trainer(
-        prepared.model,
-        training_arguments(tmp_path, per_device_eval_batch_size=batch),
-        eval_dataset=prepared.eval_dataset,
-        data_collator=prepared.data_collator,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
-    )
-    return trainer.evaluate()
-
-
-def test_unknown_task() -> None:
-    with pytest.raises(ValueError, match="choose one of image_classification, language_modeling, translation"):
-        get_task("parsing")
 
 
 @pytest.mark.slow
@@ -99,7 +89,7 @@ def test_builtin_text_is_deterministic_and_its_splits_are_disjoint() -> None:
     assert all(word in known for name in SPLITS for row in rows[name] for word in row.split())
 
 
-def test_rows_end_in_eos_and_round_trip(folder: Path, tmp_path: Path) -> None:
+def test_rows_end_in_eos_and_set_the_unigram_bias(folder: Path, tmp_path: Path) -> None:
     prepared = prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
     tokenizer = prepared.processing_class
     # <unk> <eos> the cat sat on mat dog a ran bird
@@ -110,23 +100,16 @@ def test_rows_end_in_eos_and_round_trip(folder: Path, tmp_path: Path) -> None:
     assert tokenizer("zebra").input_ids == [tokenizer.unk_token_id]
     assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
     assert prepared.model.config.eos_token_id == tokenizer.eos_token_id == 1
+    prepared = prepare(tmp_path, data_dir=str(folder), unigram_bias=True, **TINY_LSTM)
+    torch.nn.init.zeros_(prepared.model.lm_head.weight)
+    share = prepared.model.lm_head.bias.softmax(0)[prepared.processing_class.convert_tokens_to_ids("the")]
+    # "the" occurs 60 times among 340 tokens of train; 11 types get half a count each.
+    assert share.item() == pytest.approx(60.5 / (340 + 5.5), rel=1e-5)
 
 
-def test_vocabulary_cap_keeps_the_most_frequent(folder: Path, tmp_path: Path) -> None:
-    prepared = prepare(tmp_path, data_dir=str(folder), vocab_size=5, **TINY_LSTM)
-    assert sorted(prepared.processing_class.get_vocab()) == ["<eos>", "<unk>", "cat", "sat", "the"]
-    with pytest.raises(ValueError, match="at least 3"):
-        prepare(tmp_path, data_dir=str(folder), vocab_size=2, **TINY_LSTM)
-
-
-def test_cache_is_used_again_and_follows_the_content(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_follows_the_content(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-
-    def watched(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-        return cached_folder(root, key, lambda target: built.append(key) or build(target))
-
+    watched = lambda root, key, build: cached_folder(root, key, lambda at: built.append(key) or build(at))  # noqa: E731
     monkeypatch.setattr(text, "cached_folder", watched)
     for _ in range(2):
         prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
@@ -140,7 +123,7 @@ def test_cache_is_used_again_and_follows_the_content(
 @pytest.mark.parametrize("shape", [TINY_LSTM, TINY_GPT2])
 def test_perplexity_equals_a_direct_computation(folder: Path, tmp_path: Path, shape: dict[str, Any]) -> None:
     prepared = prepare(tmp_path, data_dir=str(folder), **shape)
-    metrics = evaluate(tmp_path, prepared)
+    perplexity = evaluate(tmp_path, prepared)
     model, total, count = prepared.model.eval(), 0.0, 0
     for item in (prepared.eval_dataset[i] for i in range(len(prepared.eval_dataset))):
         with torch.no_grad():
@@ -148,11 +131,9 @@ def test_perplexity_equals_a_direct_computation(folder: Path, tmp_path: Path, sh
         total += F.cross_entropy(logits[:-1].double(), item["labels"][1:], reduction="sum").item()
         count += int((item["labels"] != -100).sum())
     assert count == 51
-    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     # The chunks stay the same, the batches do not.
-    assert evaluate(tmp_path, prepared, batch=5)["eval_perplexity"] == pytest.approx(
-        metrics["eval_perplexity"], rel=1e-6
-    )
+    assert evaluate(tmp_path, prepared, per_device_eval_batch_size=5) == pytest.approx(perplexity, rel=1e-6)
 
 
 def test_only_two_numbers_a_row_are_kept() -> None:
@@ -164,55 +145,35 @@ def test_only_two_numbers_a_row_are_kept() -> None:
     torch.testing.assert_close(sum_token_losses(losses, labels), sums)
 
 
-def test_streams_follow_batch_and_accumulation(folder: Path, tmp_path: Path) -> None:
+def test_streams_sample_limits_and_vocabulary_cap(folder: Path, tmp_path: Path) -> None:
     prepared = prepare(tmp_path, {"gradient_accumulation_steps": 3}, data_dir=str(folder), **TINY_LSTM)
     assert prepared.train_dataset.streams == 6
     assert prepared.eval_dataset.streams == 3
     assert prepared.tokens_per_epoch == 4 * prepared.samples_per_epoch == 4 * len(prepared.train_dataset)
-
-
-def test_unigram_bias_starts_at_the_unigram_model(folder: Path, tmp_path: Path) -> None:
-    prepared = prepare(tmp_path, data_dir=str(folder), unigram_bias=True, **TINY_LSTM)
-    torch.nn.init.zeros_(prepared.model.lm_head.weight)
-    share = prepared.model.lm_head.bias.softmax(0)[prepared.processing_class.convert_tokens_to_ids("the")]
-    # "the" occurs 60 times among 340 tokens of train; 11 types get half a count each.
-    assert share.item() == pytest.approx(60.5 / (340 + 5.5), rel=1e-5)
-
-
-def test_gpt2_from_model_type(folder: Path, tmp_path: Path) -> None:
-    prepared = prepare(tmp_path, data_dir=str(folder), **TINY_GPT2)
-    assert type(prepared.model) is GPT2LMHeadModel
-    assert (prepared.model.config.n_embd, prepared.model.config.vocab_size) == (8, 11)
-
-
-def test_gpt2_from_a_folder_with_and_without_weights(folder: Path, tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=99)
-    config.save_pretrained(tmp_path / "shape")
-    fresh = prepare(tmp_path, data_dir=str(folder), model=str(tmp_path / "shape"))
-    assert fresh.model.config.vocab_size == 11
-    fresh.model.save_pretrained(tmp_path / "trained")
-    fresh.processing_class.save_pretrained(tmp_path / "trained")
-    again = prepare(tmp_path, data_dir=str(folder), model=str(tmp_path / "trained"))
-    assert torch.equal(again.model.transformer.wte.weight, fresh.model.transformer.wte.weight)
-    assert again.processing_class.get_vocab() == fresh.processing_class.get_vocab()
-    scratch = prepare(tmp_path, data_dir=str(folder), model=str(tmp_path / "trained"), from_scratch=True)
-    assert not torch.equal(scratch.model.transformer.wte.weight, fresh.model.transformer.wte.weight)
-
-
-def test_lstm_goes_on_from_its_own_checkpoint(folder: Path, tmp_path: Path) -> None:
-    first = prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
-    first.model.save_pretrained(tmp_path / "trained")
-    first.processing_class.save_pretrained(tmp_path / "trained")
-    again = prepare(tmp_path, data_dir=str(folder), model=str(tmp_path / "trained"))
-    assert type(again.model) is ExtrapLstmForCausalLM
-    assert torch.equal(again.model.lm_head.weight, first.model.lm_head.weight)
-    assert np.array_equal(again.train_dataset.ids, first.train_dataset.ids)
-
-
-def test_sample_limits_cut_rows(folder: Path, tmp_path: Path) -> None:
     prepared = prepare(tmp_path, data_dir=str(folder), max_train_samples=40, max_eval_samples=4, **TINY_LSTM)
     assert prepared.facts["train_tokens"] == 10 * 17
     assert prepared.facts["validation_tokens"] == 17
+    prepared = prepare(tmp_path, data_dir=str(folder), vocab_size=5, **TINY_LSTM)
+    assert sorted(prepared.processing_class.get_vocab()) == ["<eos>", "<unk>", "cat", "sat", "the"]
+    with pytest.raises(ValueError, match="at least 3"):
+        prepare(tmp_path, data_dir=str(folder), vocab_size=2, **TINY_LSTM)
+
+
+def test_models_from_folders_with_and_without_weights(folder: Path, tmp_path: Path) -> None:
+    GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=99).save_pretrained(tmp_path / "shape")
+    shapes = {GPT2LMHeadModel: {"model": str(tmp_path / "shape")}, ExtrapLstmForCausalLM: TINY_LSTM}
+    for kind, shape in shapes.items():
+        fresh = prepare(tmp_path, data_dir=str(folder), **shape)
+        assert type(fresh.model) is kind and fresh.model.config.vocab_size == 11
+        fresh.model.save_pretrained(tmp_path / kind.__name__)
+        fresh.processing_class.save_pretrained(tmp_path / kind.__name__)
+        again = prepare(tmp_path, data_dir=str(folder), model=str(tmp_path / kind.__name__))
+        assert type(again.model) is kind and again.processing_class.get_vocab() == fresh.processing_class.get_vocab()
+        assert np.array_equal(again.train_dataset.ids, fresh.train_dataset.ids)
+        scratch = prepare(tmp_path, data_dir=str(folder), model=str(tmp_path / kind.__name__), from_scratch=True)
+        weight = fresh.model.get_input_embeddings().weight
+        assert torch.equal(again.model.get_input_embeddings().weight, weight)
+        assert not torch.equal(scratch.model.get_input_embeddings().weight, weight)
 
 
 @pytest.mark.parametrize(
@@ -255,45 +216,16 @@ def test_bad_fields_are_refused(tmp_path: Path, fields: dict[str, Any], error: t
         prepare(tmp_path, **{**TINY_LSTM, **fields})
 
 
-def test_carry_state_is_refused_where_it_cannot_work(folder: Path, tmp_path: Path) -> None:
-    from hf_extrap import ExtrapTrainingArguments
-
-    for shape, order, message in ((TINY_GPT2, "sequential", "not recurrent"), (TINY_LSTM, "random", "in order")):
-        arguments = ExtrapTrainingArguments(
-            str(tmp_path / "out"), use_cpu=True, carry_state=True, train_sampling_strategy=order
-        )
-        with pytest.raises(ValueError, match=message):
-            LanguageModelingTask().prepare(
-                LanguageModelingArguments(data_dir=str(folder), data_cache_dir=str(tmp_path), seq_len=4, **shape),
-                arguments,
-            )
-
-
 def test_carried_state_makes_each_stream_one_text(folder: Path, tmp_path: Path) -> None:
-    from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
-
+    for shape, order, message in ((TINY_GPT2, "sequential", "not recurrent"), (TINY_LSTM, "random", "in order")):
+        with pytest.raises(ValueError, match=message):
+            carry = {"carry_state": True, "train_sampling_strategy": order}
+            prepare(tmp_path, carry, data_dir=str(folder), **shape)
     prepared = prepare(tmp_path, data_dir=str(folder), **TINY_LSTM)
-    arguments = ExtrapTrainingArguments(
-        str(tmp_path / "out"),
-        use_cpu=True,
-        carry_state=True,
-        train_sampling_strategy="sequential",
-        per_device_eval_batch_size=3,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
-    trainer = ExtrapTrainer(
-        prepared.model,
-        arguments,
-        eval_dataset=prepared.eval_dataset,
-        data_collator=prepared.data_collator,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
-    )
-    measured = [trainer.evaluate()["eval_perplexity"] for _ in range(2)]
+    measured = evaluate(tmp_path, prepared, carry_state=True, train_sampling_strategy="sequential")
     # 51 targets are three whole streams of 17.
     whole = torch.from_numpy(prepared.eval_dataset.ids[np.add.outer(17 * np.arange(3), np.arange(18))].astype(np.int64))
     with torch.no_grad():
         direct = prepared.model.eval()(input_ids=whole, labels=whole).token_losses.mean().exp().item()
-    assert measured == pytest.approx([direct, direct], rel=1e-5)
-    assert direct != pytest.approx(evaluate(tmp_path, prepared)["eval_perplexity"], rel=1e-5)
+    assert measured == pytest.approx(direct, rel=1e-5)
+    assert direct != pytest.approx(evaluate(tmp_path, prepared), rel=1e-5)

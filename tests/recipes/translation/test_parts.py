@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import sacrebleu
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from sacrebleu.metrics import BLEU, CHRF
@@ -45,55 +44,39 @@ def tokenizer(pairs):
 
 def examples(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     random = np.random.default_rng(seed)
-    sizes = np.clip(random.poisson(14, size=count), 2, 40)
+    targets = np.clip(random.poisson(14, size=count), 2, 40)
+    sources = np.maximum(2, targets + random.integers(-2, 3, size=count))
     return [
-        {
-            "input_ids": [5 + i] * max(2, int(size + random.integers(-2, 3))),
-            "attention_mask": [1],
-            "labels": [5 + i] * int(size),
-        }
-        for i, size in enumerate(sizes)
+        {"input_ids": [5 + i] * int(s), "labels": [5 + i] * int(t)}
+        for i, (s, t) in enumerate(zip(sources, targets, strict=True))
     ]
 
 
-def test_builtin_pairs_are_the_same_each_time_and_disjoint(pairs):
-    again = builtin_pairs(train=1500, validation=80, test=80)
-    assert {name: split["translation"][:] for name, split in pairs.items()} == {
-        name: split["translation"][:] for name, split in again.items()
-    }
-    other = builtin_pairs(train=1500, validation=80, test=80, seed=1)
-    assert other["train"]["translation"][:] != pairs["train"]["translation"][:]
+def test_builtin_pairs_are_fixed_disjoint_translations(pairs):
+    def rows(splits):
+        return {name: split["translation"][:] for name, split in splits.items()}
+
+    assert rows(pairs) == rows(builtin_pairs(train=1500, validation=80, test=80))
+    assert rows(pairs)["train"] != rows(builtin_pairs(train=1500, validation=80, test=80, seed=1))["train"]
     for language in ("en", "de"):
         texts = [row[language] for split in pairs.values() for row in split["translation"]]
         assert len(texts) == len(set(texts)) == 1660
         assert all(text and text == " ".join(text.split()) for text in texts)
     assert pairs["train"].column_names == ["translation"]
-
-
-def test_builtin_pairs_are_translations(pairs):
-    rows = {row["en"]: row["de"] for row in pairs["train"]["translation"]}
-    spans = {en: de for en, de in rows.items() if en.startswith("in ") and en.endswith(" weeks")}
+    german = {row["en"]: row["de"] for row in pairs["train"]["translation"]}
+    spans = {en: de for en, de in german.items() if en.startswith("in ") and en.endswith(" weeks")}
     assert spans and all(de == f"in {en.split()[1]} Wochen" for en, de in spans.items())
 
 
-@pytest.mark.parametrize("text", GERMAN)
-def test_bpe_gives_german_text_back_exactly(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
-    assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_bpe_gives_unseen_pairs_back_and_makes_words_of_them(tokenizer, pairs):
+def test_bpe_round_trips_any_text_and_learns_words(tokenizer, pairs):
     texts = [row["de"] for row in pairs["test"]["translation"]]
-    ids = tokenizer(texts)["input_ids"]
-    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
+    ids = tokenizer([*GERMAN, *texts])["input_ids"]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [*GERMAN, *texts]
+    assert all(row[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in row for row in ids)
     assert len(tokenizer) == 900
-    assert sum(map(len, ids)) < 0.5 * sum(len(text.encode()) for text in texts)
+    assert sum(map(len, ids[len(GERMAN) :])) < 0.5 * sum(len(text.encode()) for text in texts)
     start = tokenizer("Montag und Montag")["input_ids"]
     assert start[: (len(start) - 2) // 2] == start[-1 - (len(start) - 2) // 2 : -1]
-
-
-def test_bpe_refuses_a_vocabulary_without_room_for_bytes():
     with pytest.raises(ValueError, match="`vocab_size` is 200; allowed: at least 260"):
         train_bpe(["a"], 200, model_max_length=8)
 
@@ -111,32 +94,12 @@ def test_token_batches_hold_each_example_once_within_the_limit():
     assert batches.target_tokens == total and batches.tokens_per_batch == pytest.approx(total / len(batches))
     assert len(batches) < 1.25 * total / 400
     assert batches.padding_share < 0.05
-
-
-def test_padding_share_is_what_the_batches_pad():
     rows = [{"input_ids": [1], "labels": [1] * n} for n in (4, 4, 2, 1)]
     batches = TokenBatches(rows, batch_tokens=8)
     assert [sorted(len(e["labels"]) for e in batches[i]) for i in range(len(batches))] == [[1, 2], [4, 4]]
     assert batches.padding_share == pytest.approx(1 / 12)
-
-
-def test_batches_are_fixed_by_the_seed():
-    rows = examples(300)
-    first, same, other = (TokenBatches(rows, 300, seed) for seed in (0, 0, 1))
-    assert [first[i] for i in range(len(first))] == [same[i] for i in range(len(same))]
-    assert [first[i] for i in range(len(first))] != [other[i] for i in range(len(other))]
-
-
-def test_an_example_longer_than_a_batch_is_refused():
     with pytest.raises(ValueError, match="`batch_tokens` is 8, less than the 9 tokens of the longest example"):
         TokenBatches([{"input_ids": [1] * 9, "labels": [1]}], batch_tokens=8)
-
-
-def test_the_collator_unwraps_ready_batches_and_takes_examples_as_they_are():
-    collate = UnwrappingCollator(lambda rows: {"labels": [row["labels"] for row in rows]})
-    a, b = ({"labels": [n]} for n in (1, 2))
-    assert collate([ReadyBatch([a, b])]) == collate([a, b]) == {"labels": [[1], [2]]}
-    assert collate([ReadyBatch([a]), ReadyBatch([b])]) == collate([a, b])
 
 
 def test_a_ready_batch_is_collated_once():
@@ -175,20 +138,26 @@ def test_gathered_evaluation_rows_count_each_example_once(count, processes):
     assert all(dataset[index]["input_ids"] for index in gathered)
 
 
-def test_too_few_examples_for_the_processes_are_refused():
+def test_seeds_collation_and_too_few_examples():
     with pytest.raises(ValueError, match="1 evaluation examples are too few for 2 batches"):
         FullBatches(examples(1), batch_size=8, world_size=2)
     with pytest.raises(ValueError, match="larger per_device_eval_batch_size"):
         FullBatches(examples(3), batch_size=1, world_size=2)
+    rows = examples(300)
+    first, same, other = (TokenBatches(rows, 300, seed) for seed in (0, 0, 1))
+    assert [first[i] for i in range(len(first))] == [same[i] for i in range(len(same))]
+    assert [first[i] for i in range(len(first))] != [other[i] for i in range(len(other))]
+    collate = UnwrappingCollator(lambda rows: {"labels": [row["labels"] for row in rows]})
+    a, b = ({"labels": [n]} for n in (1, 2))
+    assert collate([ReadyBatch([a, b])]) == collate([a, b]) == {"labels": [[1], [2]]}
+    assert collate([ReadyBatch([a]), ReadyBatch([b])]) == collate([a, b])
 
 
 def test_bleu_is_sacrebleu_with_its_signature():
     predictions = ["Ein Hund läuft über die Wiese .", "Zwei Männer sitzen auf einer Bank.", "Das Kind spielt"]
     references = ["Ein Hund rennt über die Wiese.", "Zwei Männer sitzen auf der Bank.", "Ein Kind spielt Ball."]
-    result = Bleu().compute(predictions=predictions, references=references)
-    direct = sacrebleu.corpus_bleu(predictions, [references])
-    metric = BLEU()
-    metric.corpus_score(predictions, [references])
+    result, metric = Bleu().compute(predictions=predictions, references=references), BLEU()
+    direct = metric.corpus_score(predictions, [references])
     assert 20 < direct.score < 80
     assert result["score"] == pytest.approx(direct.score, abs=1e-9)
     assert result["counts"] == direct.counts and result["totals"] == direct.totals

@@ -11,13 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
-    DataCollatorForSeq2Seq,
     EvalPrediction,
-    MarianConfig,
     MarianMTModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    TrainerCallback,
 )
 
 import hf_extrap.recipes.translation.task as translation
@@ -26,17 +23,8 @@ from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.recipes.translation.sentence_pairs import sentence_pairs
 from hf_extrap.recipes.translation.task import TranslationArguments, TranslationTask, encode
 
-TINY = {
-    "vocab_size": 500,
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "attention_heads": 2,
-    "ffn_dim": 64,
-    "max_length": 48,
-    "batch_tokens": 256,
-    "num_beams": 2,
-}
+TINY = {"vocab_size": 500, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "attention_heads": 2}
+TINY |= {"ffn_dim": 64, "max_length": 48, "batch_tokens": 256, "num_beams": 2}
 
 
 def training_arguments(folder: Path, **fields) -> Seq2SeqTrainingArguments:
@@ -61,6 +49,12 @@ def prepare(tmp_path, cache):
     return make
 
 
+def trainer_of(prepared: PreparedTask, folder: Path, more: dict | None = None, **fields) -> Seq2SeqTrainer:
+    names = ("model", "train_dataset", "eval_dataset", "data_collator", "processing_class")
+    parts = {name: getattr(prepared, name) for name in names} | (more or {})
+    return Seq2SeqTrainer(args=training_arguments(folder, save_strategy="no", **fields), **parts)
+
+
 def write_pairs(folder: Path, rows: dict[str, list]) -> Path:
     folder.mkdir(exist_ok=True)
     for name, split in rows.items():
@@ -83,17 +77,9 @@ def three_splits(rows: list[dict]) -> dict[str, list]:
 
 def test_a_few_steps_reduce_the_loss_and_the_facts_are_right(prepare, tmp_path):
     prepared = prepare()
-    trainer = Seq2SeqTrainer(
-        model=prepared.model,
-        args=training_arguments(
-            tmp_path, max_steps=150, logging_steps=25, learning_rate=5e-3, generation_max_length=40, save_strategy="no"
-        ),
-        train_dataset=prepared.train_dataset,
-        eval_dataset=prepared.eval_dataset,
-        data_collator=prepared.data_collator,
-        processing_class=prepared.processing_class,
-        compute_metrics=prepared.compute_metrics,
-    )
+    fields = {"max_steps": 80, "logging_steps": 20, "learning_rate": 1e-2, "warmup_steps": 0}
+    metric = {"compute_metrics": prepared.compute_metrics}
+    trainer = trainer_of(prepared, tmp_path, metric, **fields, generation_max_length=40)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < 0.85 * losses[0]
@@ -108,13 +94,10 @@ def test_a_few_steps_reduce_the_loss_and_the_facts_are_right(prepare, tmp_path):
     assert prepared.facts["sacrebleu_signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
-def test_without_generation_the_leading_metric_is_the_loss(prepare):
+def test_metric_model_and_beam_search(prepare):
     prepared = prepare(training={"predict_with_generate": False})
     assert (prepared.metric, prepared.greater_is_better, prepared.compute_metrics) == ("loss", False, None)
     assert (prepare().metric, prepare().greater_is_better) == ("bleu", True)
-
-
-def test_the_model_is_the_plain_transformer_with_one_embedding(prepare):
     model = prepare().model
     assert isinstance(model, MarianMTModel) and model.config.d_model == 32
     embedding = model.get_input_embeddings().weight
@@ -122,59 +105,47 @@ def test_the_model_is_the_plain_transformer_with_one_embedding(prepare):
     assert not model.model.encoder.embed_positions.weight.requires_grad
     assert embedding.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.generation_config.num_beams == 2 and model.generation_config.max_length == 48
+    prepared = prepare()
+    batch = prepared.data_collator([prepared.eval_dataset[i] for i in range(4)])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    generated = prepared.model.generate(**inputs, num_beams=2, max_length=10)
+    assert (generated[:, 0] == prepared.processing_class.bos_token_id).all() and generated.shape[1] <= 10
+    perfect = prepared.compute_metrics(EvalPrediction(batch["labels"].numpy(), batch["labels"].numpy()))
+    assert perfect["chrf"] == pytest.approx(100.0) and perfect["length_ratio"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_gradients_are_means_over_the_accumulated_batches(prepare, tmp_path, accumulation):
-    prepared = prepare(dropout=0.0)
-    gradients: dict[str, torch.Tensor] = {}
-    seen: list[dict] = []
-
-    class Recorder(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-            gradients.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+def test_gradients_are_means_over_the_accumulated_batches(prepare, tmp_path):
+    prepared, seen = prepare(dropout=0.0), []
 
     def collate(items):
         seen.append(prepared.data_collator(items))
         return dict(seen[-1])
 
     state = {name: value.clone() for name, value in prepared.model.state_dict().items()}
-    trainer = Seq2SeqTrainer(
-        model=prepared.model,
-        args=training_arguments(
-            tmp_path, max_steps=1, gradient_accumulation_steps=accumulation, save_strategy="no", max_grad_norm=0
-        ),
-        train_dataset=prepared.train_dataset,
-        data_collator=collate,
-        processing_class=prepared.processing_class,
-        callbacks=[Recorder()],
-    )
-    trainer.train()
-    assert len(seen) >= accumulation and gradients
-    # The loader may have fetched a batch more.
-    del seen[accumulation:]
+    # With a learning rate of 1, a step of SGD is the gradient.
+    fields = {"max_steps": 1, "gradient_accumulation_steps": 3, "max_grad_norm": 0, "optim": "sgd", "warmup_steps": 0}
+    fields |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    trainer_of(prepared, tmp_path, {"data_collator": collate}, **fields).train()
+    moved = {name: state[name] - p.detach() for name, p in prepared.model.named_parameters() if p.requires_grad}
     prepared.model.load_state_dict(state)
     prepared.model.zero_grad()
-    for batch in seen:
+    # The loader may have fetched a batch more.
+    for batch in seen[:3]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = prepared.model(**inputs).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
-        (loss / accumulation).backward()
+        (F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1) / 3).backward()
     for name, parameter in prepared.model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        if parameter.requires_grad:
+            torch.testing.assert_close(moved[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_columns_of_both_forms_become_the_same_rows(tmp_path):
     rows = [("A house. ", "Ein Haus."), ("Two dogs.", " Zwei Hunde.")]
     nested = write_pairs(tmp_path / "nested", three_splits([pair(*row) for row in rows]))
     flat = write_pairs(tmp_path / "flat", three_splits([{"en": en, "de": de} for en, de in rows]))
-    first, second = (
-        load(TranslationArguments(data_dir=str(folder), data_cache_dir=str(tmp_path / "cache")))["test"]
-        for folder in (nested, flat)
-    )
-    assert first.to_dict() == {"source": ["A house.", "Two dogs."], "target": ["Ein Haus.", "Zwei Hunde."]}
-    assert second.to_dict() == first.to_dict()
+    for folder in (nested, flat):
+        found = load(TranslationArguments(data_dir=str(folder), data_cache_dir=str(tmp_path / "cache")))["test"]
+        assert found.to_dict() == {"source": ["A house.", "Two dogs."], "target": ["Ein Haus.", "Zwei Hunde."]}
 
 
 def test_the_cache_is_used_again_and_depends_on_the_sentences(tmp_path, monkeypatch):
@@ -228,26 +199,10 @@ def test_a_saved_model_and_its_tokenizer_are_taken_from_the_folder(prepare, tmp_
         assert torch.equal(value, second.model.state_dict()[name])
 
 
-def test_beam_search_gives_texts_that_the_metric_scores(prepare):
-    prepared = prepare()
-    batch = prepared.data_collator([prepared.eval_dataset[i] for i in range(4)])
-    generated = prepared.model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=2, max_length=10
-    )
-    assert (generated[:, 0] == prepared.processing_class.bos_token_id).all() and generated.shape[1] <= 10
-    perfect = prepared.compute_metrics(EvalPrediction(batch["labels"].numpy(), batch["labels"].numpy()))
-    assert perfect["chrf"] == pytest.approx(100.0) and perfect["length_ratio"] == pytest.approx(1.0)
-
-
 @pytest.mark.parametrize("beams", [1, 3])
 def test_evaluation_by_length_finds_what_each_sentence_alone_gives(prepare, tmp_path, beams):
     prepared = prepare({"per_device_eval_batch_size": 8})
-    trainer = Seq2SeqTrainer(
-        model=prepared.model,
-        args=training_arguments(tmp_path, per_device_eval_batch_size=8),
-        data_collator=prepared.data_collator,
-        processing_class=prepared.processing_class,
-    )
+    trainer = trainer_of(prepared, tmp_path, per_device_eval_batch_size=8)
     with torch.no_grad():
         # Larger weights, so that the untrained model generates a different text for each source.
         for parameter in prepared.model.parameters():
@@ -262,9 +217,8 @@ def test_evaluation_by_length_finds_what_each_sentence_alone_gives(prepare, tmp_
     alone, own_references = [], []
     for example in rows:
         batch = prepared.data_collator([example])
-        generated = prepared.model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=20, num_beams=beams
-        )
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        generated = prepared.model.generate(**inputs, max_length=20, num_beams=beams)
         texts = metrics.texts(generated.numpy(), batch["labels"].numpy())
         alone += texts[0]
         own_references += texts[1]
@@ -272,85 +226,44 @@ def test_evaluation_by_length_finds_what_each_sentence_alone_gives(prepare, tmp_
     assert len(set(alone)) > 20
 
 
-def test_keeping_ready_batches_changes_no_bit_of_a_training(prepare, tmp_path):
-    losses, weights = [], []
-    for keeps in (True, False):
-        prepared = prepare(max_train_samples=60)
-        plain = DataCollatorForSeq2Seq(prepared.processing_class, model=prepared.model)
-        trainer = Seq2SeqTrainer(
-            model=prepared.model,
-            args=training_arguments(tmp_path, num_train_epochs=3, logging_steps=1, save_strategy="no"),
-            train_dataset=prepared.train_dataset,
-            data_collator=prepared.data_collator if keeps else lambda items, plain=plain: plain(list(items[0])),
-            processing_class=prepared.processing_class,
+def test_bad_data_is_refused(tmp_path):
+    good = three_splits([pair("A house.", "Ein Haus.")])
+    missing = good | {"train": [pair("A", "B"), pair("C", None)]}
+    texts = three_splits([{"text": "A house."}])
+    for number, (rows, target, message) in enumerate(
+        (
+            (good, "fr", "split 'train' has no sentences in 'fr': it has de, en"),
+            (missing, "de", "row 1 of split 'train' has no text in 'de'"),
+            (texts, "de", "has no sentences in 'en': it has text"),
         )
-        trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-        weights.append(torch.cat([p.detach().reshape(-1) for p in prepared.model.parameters()]))
-    assert len(losses[0]) == 3 * len(prepared.train_dataset) and losses[0] == losses[1]
-    assert torch.equal(*weights)
+    ):
+        folder = write_pairs(tmp_path / str(number), rows)
+        with pytest.raises(ValueError, match=message):
+            load(TranslationArguments(data_dir=str(folder), data_cache_dir=str(tmp_path / "cache"), target_lang=target))
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+def test_unusable_settings_and_models_are_refused(prepare, tmp_path):
+    for fields, message in (
         ({"source_lang": "de"}, "`source_lang` and `target_lang` are both 'de'"),
         ({"batch_tokens": 100}, "`batch_tokens` is 100; allowed: at least 128"),
         ({"d_model": 100}, "allowed: multiples of `attention_heads`, 8"),
         ({"dropout": 1.0}, r"`dropout` is 1.0; allowed: \[0, 1\)"),
         ({"num_beams": 0}, "`num_beams` is 0"),
         ({"max_length": 1}, "`max_length` is 1"),
-    ],
-)
-def test_bad_fields_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        TranslationArguments(**fields)
-
-
-def test_bad_data_is_refused_in_one_sentence(tmp_path):
-    good = three_splits([pair("A house.", "Ein Haus.")])
-
-    def load_from(folder: Path, **fields):
-        return load(TranslationArguments(data_dir=str(folder), data_cache_dir=str(tmp_path / "cache"), **fields))
-
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_from(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no file for split 'test'"):
-        load_from(write_pairs(tmp_path / "a", {"train": good["train"], "validation": good["train"]}))
-    with pytest.raises(ValueError, match="split 'train' has no sentences in 'fr': it has de, en"):
-        load_from(write_pairs(tmp_path / "b", good), target_lang="fr")
-    corrupt = write_pairs(tmp_path / "c", good)
-    (corrupt / "test.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match="test.jsonl.gz"):
-        load_from(corrupt)
-    empty = write_pairs(tmp_path / "d", good)
-    (empty / "validation.jsonl.gz").unlink()
-    (empty / "validation.jsonl").touch()
-    with pytest.raises(ValueError, match="validation.jsonl' is empty"):
-        load_from(empty)
-    with pytest.raises(ValueError, match="row 1 of split 'train' has no text in 'de'"):
-        load_from(write_pairs(tmp_path / "e", good | {"train": [pair("A", "B"), pair("C", None)]}))
-    with pytest.raises(ValueError, match="has no sentences in 'en': it has text"):
-        text = tmp_path / "f"
-        text.mkdir()
-        for name in good:
-            (text / f"{name}.txt").write_text("A house.\n", encoding="utf-8")
-        load_from(text)
-
-
-def test_unusable_settings_and_models_are_refused(prepare, tmp_path):
+    ):
+        with pytest.raises(ValueError, match=message):
+            TranslationArguments(**fields)
     with pytest.raises(ValueError, match="allowed: 1, as one item is a whole batch"):
         prepare({"per_device_train_batch_size": 8})
     with pytest.raises(FileNotFoundError, match="no-such-model"):
         prepare(model=str(tmp_path / "no-such-model"))
     with pytest.raises(ValueError, match="English .en. and German .de., not 'en' and 'fr'"):
         prepare(target_lang="fr")
-    short = MarianMTModel(MarianConfig(vocab_size=600, d_model=8, encoder_layers=1, decoder_layers=1,
-                                       encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=8,
-                                       decoder_ffn_dim=8, max_position_embeddings=4, pad_token_id=0, eos_token_id=1,
-                                       forced_eos_token_id=1, decoder_start_token_id=2))  # fmt: skip
-    short.save_pretrained(tmp_path / "short")
-    prepare().processing_class.save_pretrained(tmp_path / "short")
+    first = prepare()
+    config = first.model.config
+    config.max_position_embeddings = 4
+    MarianMTModel(config).save_pretrained(tmp_path / "short")
+    first.processing_class.save_pretrained(tmp_path / "short")
     with pytest.raises(ValueError, match="at most 4, the positions of the model"):
         prepare(model=str(tmp_path / "short"))
 
