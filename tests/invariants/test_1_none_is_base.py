@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from tests.support.plain_loop import adamw, identical, make_batch, make_model, run_plain_loop, sgd, warm_up_and_decay
 
 Base = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
