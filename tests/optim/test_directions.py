@@ -85,24 +85,6 @@ def test_scalings_are_their_formulas(scaling: str, dtype: torch.dtype, tolerance
     assert distance(scaled(scaling, wide, at, step), expected) < 1e-13
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_no_direction_is_no_displacement(scaling: str) -> None:
-    d, x = example()
-    d = [torch.zeros_like(v) for v in d]
-    assert identical(scale_direction(scaling, d, x, torch.ones(len(x))), d)
-    assert identical(scaled(scaling, d, x, x), d)
-
-
-@pytest.mark.parametrize("scaling", ["layer", "filter"])
-def test_a_filter_without_a_direction_does_not_move(scaling: str) -> None:
-    d, x = example()
-    d[1][1] = 0
-    d[2].zero_()
-    for s in (scale_direction(scaling, d, x), scaled(scaling, d, x)):
-        assert not s[1][1].any() and not s[2].any()
-        assert all(torch.isfinite(v).all() for v in s)
-
-
 @pytest.mark.parametrize("scaling", [scaling for scaling in SCALINGS if scaling != "none"])
 def test_scaled_directions_do_not_depend_on_the_unit_of_the_gradient(scaling: str) -> None:
     d, x = example()
@@ -141,22 +123,6 @@ def test_noise_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(3)
     noise("gaussian", [torch.zeros(10)], seed=0, step=0, worker=0)
     assert torch.equal(torch.rand(4), expected)
-
-
-@pytest.mark.parametrize(("preset", "kind"), [("gaussian", "gaussian"), ("smoothout", "uniform")])
-def test_noise_presets_move_by_the_scaled_noise(preset: str, kind: str) -> None:
-    """A tensor moves by η ‖x‖ for `layer`, and each of its filters by that share of its own length for `filter`."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(6, 4, dtype=torch.float64)
-    weight = model.weight.detach().clone()
-    optimizer = Extrapolated(torch.optim.SGD(model.parameters(), lr=0.1), ExtrapConfig.preset(preset, step_size=0.05))
-    optimizer.train()
-    move = weight - model.weight.detach()
-    if kind == "gaussian":
-        assert move.norm().item() == pytest.approx(0.05 * weight.norm().item(), rel=1e-6)
-    else:
-        assert (move.norm(dim=1) / weight.norm(dim=1)).tolist() == pytest.approx([0.05] * 4, rel=1e-6)
-    assert move.abs().min() > 0
 
 
 def test_msam_is_momentum_sam() -> None:

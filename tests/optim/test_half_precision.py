@@ -29,7 +29,7 @@ def loss(params: list[Tensor], slope: float, step: int) -> Tensor:
     return sum(((p * rise.to(p)).sum() for p, rise in zip(params, rises, strict=True)), torch.zeros(()))
 
 
-@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("swap", [True, pytest.param(False, marks=pytest.mark.matrix)])
 @pytest.mark.parametrize(("slope", "rate"), [(1e-5, 1e4), (1.0, 0.1), (6e4, 5.5e-8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -105,21 +105,6 @@ def test_schedulers_drive_the_base_and_the_step_size(name: str, make_scheduler: 
     assert_same_run(run, textbook, 1e-11)
 
 
-def test_an_annealed_step_size_follows_the_learning_rate_down() -> None:
-    """Constant gradients: ‖x − y‖ is the step size, 0.2 of the way up, at the peak, and halfway down."""
-    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), ExtrapConfig.preset("extrap", scaling="none", step_size=4.0))
-    scheduler = lr_scheduler.LambdaLR(optimizer, [0.2, 1.0, 0.5, 0.0].__getitem__)
-    moves: list[float] = []
-    for _ in range(3):
-        x = w.item()
-        take_passes(optimizer, lambda *_: w.sum().backward(), at_y=lambda _: moves.append(x - w.item()))  # noqa: B023
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-    assert moves == pytest.approx([0.8, 4.0, 2.0], rel=1e-12)
-
-
 class RateFree(torch.optim.SGD):
     """Keeps no learning rate in its groups, as an optimizer that finds its own would."""
 
