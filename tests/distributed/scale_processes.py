@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.lab.counting import CollectiveCounter
 from hf_extrap.lab.scale import PRESETS
-from tests.support.leaving import leave
+from tests.support.in_processes import leave
 
 
 def count_step(engine: str, preset: str) -> CollectiveCounter:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from tests.support.plain_loop import adamw, identical, make_batch, make_model, run_plain_loop, sgd, warm_up_and_decay
 
 Base = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
@@ -46,7 +45,7 @@ def train_bare(make_base: Base, workers: int, dtype: torch.dtype, steps: int) ->
 
 
 @pytest.mark.parametrize("make_base", [sgd, adamw, adam_foreach])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [3, pytest.param(1, marks=pytest.mark.matrix)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", IDLE)
 def test_none_is_the_base(name: str, dtype: torch.dtype, workers: int, make_base: Base) -> None:

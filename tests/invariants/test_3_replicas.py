@@ -1,41 +1,32 @@
-"""Invariant 3: after every step x is the same on all ranks, bit for bit; in local scope y differs during a step.
+"""Invariant 3: after every step x is bit-identical on all ranks; in local scope y differs between ranks during a step.
 
-Two processes, and a cut through the schemes; tests/distributed goes through all of them.
+Two processes and a representative subset of the schemes; tests/distributed runs all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.support import ddp_problem
+from tests.support.ddp_problem import JOBS, Job
 from tests.support.plain_loop import distance, identical
-from tests.support.processes import JOBS, Job, launch
-
-LOCAL = ["extrap", "extrap-past", "extrap-past-auto", "asam", "smoothout"]
-GLOBAL = ["extragradient", "optimistic-auto", "past-update", "gaussian-global"]
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """What either rank saw."""
-    return launch(tmp_path_factory.mktemp("replicas"), 2, [job for job in JOBS if job.cell in LOCAL + GLOBAL])
+def ranks(tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What each rank saw."""
+    return run_processes(ddp_problem.__name__, tmp_path_factory.mktemp("replicas"), "replicas")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("cell", LOCAL + GLOBAL)
-def test_replicas_agree_at_rest(cell: str, seen: list[dict[str, dict[str, Any]]]) -> None:
-    a, b = (rank[str(Job(cell))] for rank in seen)
+@pytest.mark.parametrize("job", JOBS["replicas"], ids=str)
+def test_x_is_the_same_on_all_ranks_and_y_in_global_scope_alone(job: Job, ranks: list[dict[str, Any]]) -> None:
+    a, b = (rank[str(job)] for rank in ranks)
     assert a["wrapped"] == b["wrapped"] == "DistributedDataParallel" and a["world_size"] == b["world_size"] == 2
     assert len(a["x"]) == 10 and distance(a["x"][0], a["x"][-1]) > 0.01
     assert all(identical(x, other) for x, other in zip(a["x"], b["x"], strict=True))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("cell", LOCAL + GLOBAL)
-def test_replicas_look_apart_in_local_scope_alone(cell: str, seen: list[dict[str, dict[str, Any]]]) -> None:
-    (a,), (b,) = (rank[str(Job(cell))]["y"][5] for rank in seen)
-    if cell in LOCAL:
-        assert distance(a, b) > 1e-4
-    else:
-        assert identical(a, b)
+    (y,), (other,) = a["y"][5], b["y"][5]
+    assert distance(y, other) > 1e-4 if job.config.is_local else identical(y, other)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.reference import extrapolate
-from tests.support.plain_loop import BASES, distance, identical, make_batch, make_model, run_plain_loop, values
+from tests.support.plain_loop import (
+    BASES,
+    distance,
+    identical,
+    make_batch,
+    make_model,
+    run_plain_loop,
+    take_passes,
+    values,
+    worker_losses,
+)
 
 PAST = ["extrap-past", "optimistic", "past-update"]
 OTHERS = ["extrap", "extragradient", "gaussian", "smoothout", "sam", "asam"]
@@ -81,18 +89,8 @@ def test_skipping_as_in_the_textbook(name: str) -> None:
     config = SKIPPING[name]
     batch = poisoned(3, 1, torch.float64)
     model = make_model()
-    names = [name for name, _ in model.named_parameters()]
-    untouched = copy.deepcopy(model)
-
-    def loss_of(k: int) -> Callable[[list[Tensor], int, bool], Tensor]:
-        def loss(point: list[Tensor], step: int, probe: bool) -> Tensor:
-            inputs, labels = batch(step, k, False)
-            outputs = torch.func.functional_call(untouched, dict(zip(names, point, strict=True)), (inputs,))
-            return nn.functional.cross_entropy(outputs, labels)
-
-        return loss
-
-    textbook = extrapolate(list(model.parameters()), [loss_of(0), loss_of(1)], BASES["sgd"], config, 8)
+    losses = worker_losses(model, config, 2, lambda step, k, probe: batch(step, k, False))
+    textbook = extrapolate(list(model.parameters()), losses, BASES["sgd"], config, 8)
     optimizer = Extrapolated(BASES["sgd"](list(model.parameters())), config, virtual_workers=2)
     run = run_plain_loop(model, optimizer, config, [0, 1], steps=8, batch=batch)
     assert textbook.skipped == optimizer.skipped_steps == 1
@@ -110,7 +108,7 @@ CLEAR: dict[str, Callable[[nn.Module, Extrapolated], None]] = {
 @pytest.mark.parametrize("clear", CLEAR)
 @pytest.mark.parametrize("preset", ["extrap-past", "optimistic", "past-update", "extrap", "sam"])
 def test_an_overflow_under_the_grad_scaler(preset: str, clear: str) -> None:
-    """The scaler itself withholds the step: x must come back, and no stale, infinite direction may live on."""
+    """The scaler itself withholds the step: x must be restored, and the infinite direction dropped."""
     model = make_model(torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = Extrapolated(BASES["sgd"](list(model.parameters())), ExtrapConfig.preset(preset), grad_scaler=scaler)
@@ -118,17 +116,17 @@ def test_an_overflow_under_the_grad_scaler(preset: str, clear: str) -> None:
     def step(inputs: Tensor, labels: Tensor) -> tuple[float, float]:
         """How far y was from x, and how far x went."""
         x = values(list(model.parameters()))
-        if optimizer.wants_probe:
-            with optimizer.probing():
-                scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
-        optimizer.train()
-        moved = distance(x, list(model.parameters()))
-        scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward()
+        moved: list[float] = []
+        take_passes(
+            optimizer,
+            lambda *_: scaler.scale(nn.functional.cross_entropy(model(inputs), labels)).backward(),
+            at_y=lambda _: moved.append(distance(x, list(model.parameters()))),
+        )
         scaler.step(optimizer)
         scaler.update()
         CLEAR[clear](model, optimizer)
         optimizer.eval()
-        return moved, distance(x, list(model.parameters()))
+        return moved[0], distance(x, list(model.parameters()))
 
     for t in range(3):
         step(*make_batch(t, 0, dtype=torch.float32))
@@ -145,3 +143,29 @@ def test_an_overflow_under_the_grad_scaler(preset: str, clear: str) -> None:
     assert optimizer.skipped_steps == 1
     moved, went = step(*make_batch(5, 0, dtype=torch.float32))
     assert 1e-5 < moved < 1 and 1e-5 < went < 1
+
+
+def test_an_overflow_with_unscaling_and_clipping_between() -> None:
+    """Unscale, clip, step, update: the good steps are those of a run without the bad one."""
+    ends = []
+    for bad in (None, 2):
+        model = make_model(torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        optimizer = Extrapolated(
+            BASES["sgd"](list(model.parameters())), ExtrapConfig.preset("extrap"), grad_scaler=scaler
+        )
+        for step in [0, 1, 2, 3] if bad is None else [0, 1, bad, 2, 3]:
+            inputs, labels = make_batch(step, 0, dtype=torch.float32)
+            if step == bad:
+                inputs, bad = inputs * torch.inf, None
+            loss = lambda: nn.functional.cross_entropy(model(inputs), labels)  # noqa: E731, B023
+            take_passes(optimizer, lambda *_: scaler.scale(loss()).backward())  # noqa: B023
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        ends.append(values(list(model.parameters())))
+    assert optimizer.skipped_steps == 1
+    assert distance(*ends) < 1e-6

@@ -1,4 +1,4 @@
-"""torch.compile: moving the parameters compiles nothing anew, and compiled passes see y."""
+"""torch.compile: extrapolation does not recompile the model, and compiled passes see y."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import Extrapolated
 from tests.support.measuring import PRESETS, assert_displacements, assert_gradient_at
 from tests.support.modes import MODES, train
 from tests.support.plain_loop import assert_same_run, make_model, run_plain_loop
@@ -44,7 +44,7 @@ RUNS = [("float32", preset) for preset in PRESETS] + [
 
 
 @pytest.mark.parametrize(("mode", "preset"), RUNS)
-def test_no_move_compiles_anew(mode: str, preset: str) -> None:
+def test_extrapolation_does_not_recompile(mode: str, preset: str) -> None:
     """As many graphs after the first pass as after the last, at every y."""
     compiled = Compiled()
     trained = train(MODES[mode], PRESETS[preset], compiled=compiled)
@@ -58,7 +58,7 @@ def test_no_move_compiles_anew(mode: str, preset: str) -> None:
             assert_gradient_at(seen, trained.clean, step.scale, 1e-5 if mode == "float32" else 0.03)
 
 
-def test_inductor_takes_the_same_path() -> None:
+def test_inductor_gives_the_same_x_and_y() -> None:
     """With generated code: the same x and y as without, for a fresh direction and for one from the past."""
     pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
     torch._dynamo.reset()

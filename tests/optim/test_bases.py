@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.reference import extrapolate
 from tests.support.plain_loop import (
     Cell,
@@ -113,8 +112,14 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("base", BASES)
+RUNS = [
+    pytest.param(base, scheme, marks=() if base in ("sgd", "lion") or scheme == "extrap-past" else pytest.mark.matrix)
+    for base in BASES
+    for scheme in SCHEMES
+]
+
+
+@pytest.mark.parametrize(("base", "scheme"), RUNS)
 def test_any_base_is_stepped_as_in_the_textbook(base: str, scheme: str) -> None:
     cell = Cell(SCHEMES[scheme])
     model = make_model()
@@ -139,8 +144,8 @@ def test_the_state_of_any_base_is_saved_and_loaded(base: str) -> None:
     assert identical(run_plain_loop(model, resumed, config, [0], first=3, steps=3).x[-1], whole.x[-1])
 
 
-def test_a_checkpoint_of_the_base_alone_is_taken() -> None:
-    """Someone who turns extrapolation on in the midst of a run keeps the momentum."""
+def test_a_checkpoint_of_the_base_alone_is_loaded() -> None:
+    """Extrapolation that starts within a run keeps the momentum."""
     model = make_model()
     base = sgd(list(model.parameters()))
     nn.functional.cross_entropy(model(make_batch(0, 0)[0]), make_batch(0, 0)[1]).backward()

@@ -1,7 +1,8 @@
-"""All virtual workers in one pass are the loop over them."""
+"""All virtual workers in one pass give the numbers of the loop over them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
 
+from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.batch_norm import running_statistics_kept
 from hf_extrap.optim.batched_workers import BatchedWorkers
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.recipes.models import (
     ExtrapLstmConfig,
     ExtrapLstmForCausalLM,
@@ -23,19 +23,20 @@ from hf_extrap.recipes.models import (
 from tests.support.plain_loop import (
     BASES,
     CELLS,
+    NOISE,
     STEPS,
     Cell,
     distance,
+    finishing,
     identical,
     make_batch,
     make_model,
-    run_virtual_workers,
+    take_passes,
     values,
     warm_up_and_decay,
 )
 
 WORKERS = 3
-NOISE = {name: Cell(ExtrapConfig.preset(name)) for name in ("gaussian", "smoothout")}
 Batch = dict[str, Any]
 
 
@@ -54,131 +55,123 @@ def batched_step(workers: BatchedWorkers, batches: Sequence[Batch], probed: Sequ
 
 
 def looped_step(
-    optimizer: Extrapolated, model: nn.Module, batches: Sequence[Batch], loss: Callable[..., Tensor]
+    optimizer: Extrapolated,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss: Callable[..., Tensor],
+    probed: Sequence[Batch] | None = None,
 ) -> list[Tensor]:
-    losses = []
-    if not optimizer.config.is_local and optimizer.wants_probe:
-        with optimizer.probing(model=model):
-            for batch in batches:
-                (loss(model, batch) * optimizer.loss_scale).backward()
-    for worker, batch in enumerate(batches):
-        if optimizer.wants_probe:
-            with optimizer.probing(worker=worker, model=model):
-                (loss(model, batch) * optimizer.loss_scale).backward()
-        optimizer.train(worker=worker)
-        with running_statistics_kept(model if worker else None):
-            losses.append(loss(model, batch))
-        (losses[-1] * optimizer.loss_scale).backward()
+    losses: list[Tensor] = []
+
+    def backward(worker: int, index: int, probe: object) -> None:
+        with running_statistics_kept(model if worker and not probe else None):
+            found = loss(model, (batches if probe is None else probed or batches)[worker])
+        losses.extend([] if probe else [found])
+        (found * optimizer.loss_scale).backward()
+
+    take_passes(optimizer, backward, model=model)
     return losses
 
 
 def assert_batched_is_looped(
+    cell: Cell,
     make: Callable[[], nn.Module],
     batch: Callable[[], Batch],
     loss: Callable[..., Tensor],
-    config: ExtrapConfig,
     base: Callable[..., torch.optim.Optimizer],
     tolerance: float,
-    steps: int = 10,
+    steps: int,
 ) -> None:
     """Parameters, buffers, losses and statistics agree."""
-    models = [make(), make()]
+    torch.manual_seed(0)
+    models = [make()]
+    models.append(copy.deepcopy(models[0]))
     looped, batched = (
-        Extrapolated(base([p for p in m.parameters() if p.requires_grad]), config, virtual_workers=WORKERS)
+        Extrapolated(base([p for p in m.parameters() if p.requires_grad]), cell.config, virtual_workers=WORKERS)
         for m in models
     )
     workers = BatchedWorkers(batched, models[1], loss)
+    finishes = [
+        finishing(optimizer, list(model.parameters()), warm_up_and_decay(optimizer), cell.max_grad_norm)
+        for optimizer, model in zip((looped, batched), models, strict=True)
+    ]
     torch.manual_seed(3)
     for step in range(steps):
         looped.collect_statistics = batched.collect_statistics = step % 2 == 1
         batches = [batch() for _ in range(WORKERS)]
-        one_by_one = looped_step(looped, models[0], batches, loss)
-        at_once = batched_step(workers, batches)
+        probed = [batch() for _ in range(WORKERS)] if cell.config.batch == "independent" else batches
+        one_by_one = looped_step(looped, models[0], batches, loss, probed)
+        at_once = batched_step(workers, batches, probed)
         torch.testing.assert_close(at_once, torch.stack(one_by_one).detach(), rtol=tolerance, atol=tolerance)
-        for optimizer in (looped, batched):
+        for optimizer, finish in zip((looped, batched), finishes, strict=True):
             optimizer.observe()
-            optimizer.step()
-            optimizer.zero_grad()
+            finish()
         assert looped.statistics == pytest.approx(batched.statistics, rel=100 * tolerance)
     assert distance(*(list(m.parameters()) for m in models)) <= tolerance
     assert distance(*([b for b in m.buffers() if b.numel()] or [torch.zeros(1)] for m in models)) <= tolerance
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", [*CELLS, *NOISE])
+def sgd(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)
+
+
+def adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01, eps=1e-3)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def rows_of_mlp() -> Batch:
+    return {"inputs": torch.randn(5, 6), "labels": torch.randint(3, (5,))}
+
+
+def doubles_of_mlp() -> Batch:
+    return {"inputs": torch.randn(5, 6, dtype=torch.float64), "labels": torch.randint(3, (5,))}
+
+
+def resnet() -> nn.Module:
+    return ExtrapResNetForImageClassification(ExtrapResNetConfig(depth=8, width=4, num_labels=3)).double().train()
+
+
+def images() -> Batch:
+    return {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.randint(3, (4,))}
+
+
+def marian() -> nn.Module:
+    """With padding and tied embeddings."""
+    layers = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in layers.items()}
+    marks = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    config = MarianConfig(vocab_size=20, decoder_vocab_size=20, d_model=8, dropout=0.0, **sizes, **marks)
+    return MarianMTModel(config).double().train()
+
+
+def sentences() -> Batch:
+    return {"input_ids": torch.randint(0, 20, (2, 5)), "labels": torch.randint(0, 20, (2, 4))}
+
+
+# The model, its batches, loss and base optimizer, the tolerance and the number of steps.
+MODELS: dict[str, tuple[Any, ...]] = {
+    "float32, sgd": (mlp, rows_of_mlp, cross_entropy, sgd, 1e-5, 10),
+    "float32, adamw": (mlp, rows_of_mlp, cross_entropy, adamw, 1e-5, 10),
+    "resnet": (resnet, images, own_loss, sgd, 1e-9, 4),
+    "marian": (marian, sentences, own_loss, adamw, 1e-10, 4),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "extragradient", "sam"])
+def test_models_with_statistics(preset: str, model: str) -> None:
+    assert_batched_is_looped(Cell(ExtrapConfig.preset(preset)), *MODELS[model])
+
+
+@pytest.mark.parametrize("base", ["sgd", pytest.param("adamw", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("name", [*CELLS, "gaussian", "smoothout"])
 def test_every_scheme(name: str, base: str) -> None:
-    cell, dtype = (CELLS | NOISE)[name], torch.float64
-    expected = run_virtual_workers(cell, base, WORKERS, dtype)
-    model = make_model(dtype)
-    parameters = list(model.parameters())
-    optimizer = Extrapolated(BASES[base](parameters), cell.config, virtual_workers=WORKERS)
-    scheduler = warm_up_and_decay(optimizer)
-    workers = BatchedWorkers(optimizer, model, cross_entropy)
-
-    def batches(step: int, independent: bool) -> list[Batch]:
-        pairs = [make_batch(step, k, independent, dtype) for k in range(WORKERS)]
-        return [{"inputs": inputs, "labels": labels} for inputs, labels in pairs]
-
-    for step in range(STEPS):
-        batched_step(workers, batches(step, False), batches(step, cell.config.batch == "independent"))
-        assert distance(parameters, expected.x[step]) <= 1e-11
-        if cell.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, cell.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        assert distance(values(parameters), expected.x[step + 1]) <= 1e-11
-
-
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "optimistic", "sam"])
-def test_float32_with_statistics(preset: str, base: str) -> None:
-    def batch() -> Batch:
-        return {"inputs": torch.randn(5, 6), "labels": torch.randint(3, (5,))}
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-    def optimizer(params: list[Tensor]) -> torch.optim.Optimizer:
-        if base == "sgd":
-            return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)
-        return torch.optim.AdamW(params, lr=0.01, eps=1e-3)
-
-    assert_batched_is_looped(make, batch, cross_entropy, ExtrapConfig.preset(preset), optimizer, 1e-5)
-
-
-@pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "extragradient"])
-def test_resnet_with_running_statistics(preset: str) -> None:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        config = ExtrapResNetConfig(depth=8, width=4, num_labels=3)
-        return ExtrapResNetForImageClassification(config).double().train()
-
-    def batch() -> Batch:
-        return {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.randint(3, (4,))}
-
-    base = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)  # noqa: E731
-    assert_batched_is_looped(make, batch, own_loss, ExtrapConfig.preset(preset), base, 1e-9, steps=4)
-
-
-@pytest.mark.parametrize("preset", ["none", "extrap", "optimistic"])
-def test_marian_with_padding_and_tied_embeddings(preset: str) -> None:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in SIZES.items()}
-        marks = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
-        config = MarianConfig(vocab_size=20, decoder_vocab_size=20, d_model=8, dropout=0.0, **sizes, **marks)
-        return MarianMTModel(config).double().train()
-
-    def batch() -> Batch:
-        return {"input_ids": torch.randint(0, 20, (2, 5)), "labels": torch.randint(0, 20, (2, 4))}
-
-    base = lambda params: torch.optim.AdamW(params, lr=0.01, eps=1e-3)  # noqa: E731
-    assert_batched_is_looped(make, batch, own_loss, ExtrapConfig.preset(preset), base, 1e-10, steps=4)
-
-
-SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    cell = (CELLS | NOISE)[name]
+    assert_batched_is_looped(cell, lambda: mlp().double(), doubles_of_mlp, cross_entropy, BASES[base], 1e-10, STEPS)
 
 
 @pytest.mark.parametrize("preset", ["none", "extrap-past"])
@@ -236,7 +229,7 @@ def test_bfloat16_autocast_is_that_of_the_loop() -> None:
     assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 1e-2
 
 
-def test_what_cannot_be_batched_is_refused() -> None:
+def test_models_and_batches_that_cannot_be_batched_are_refused() -> None:
     def workers(model: nn.Module, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> BatchedWorkers:
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         return BatchedWorkers(Extrapolated(base, ExtrapConfig(), virtual_workers=2, **options), model, loss)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
 from tests.optim.test_bases import Lion, Overwriting, two_groups
 from tests.support.plain_loop import loss_at, make_model
@@ -95,15 +94,13 @@ def local(
     optimizer: LocalSGD | None = None,
     first: int = 0,
     settle: bool = True,
-    scale: float | None = None,
 ) -> tuple[list[Tensor], nn.Module, LocalSGD]:
-    """The same with LocalSGD, settled after each step if asked for; losses are divided by `1 / scale`, or K."""
+    """The same with LocalSGD, settled after each step if asked for; losses are divided by K."""
     model = make_model() if model is None else model
     optimizer = (
         LocalSGD(base(list(model.parameters())), period, virtual_workers=workers) if optimizer is None else optimizer
     )
     rates = [float(group["lr"]) for group in base(list(make_model().parameters())).param_groups]
-    scale = 1 / workers if scale is None else scale
     seen = []
     for step in range(first, steps):
         set_rates(optimizer, step, rates)
@@ -111,8 +108,8 @@ def local(
             optimizer.start()
         for k in range(workers):
             if optimizer.is_local:
-                with optimizer.worker(k, loss_scale=scale, max_grad_norm=norm):
-                    (loss_at(model, step, k) * scale).backward()
+                with optimizer.worker(k, loss_scale=1 / workers, max_grad_norm=norm):
+                    (loss_at(model, step, k) / workers).backward()
             else:
                 (loss_at(model, step, k) / workers).backward()
         if norm is not None and not optimizer.is_local:
@@ -145,7 +142,7 @@ def test_every_step_averaged_is_data_parallel_sgd() -> None:
     assert torch.allclose(torch.stack(seen), torch.stack(together), rtol=0, atol=1e-13)
 
 
-def test_momentum_is_each_worker_s_own() -> None:
+def test_each_worker_has_its_own_momentum() -> None:
     base = BASES["nesterov"]
     _, model, optimizer = local(base, 2, 1, 4, 5)
     first, second = (state["state"] for state in optimizer.local_state_dict()["workers"])
@@ -153,16 +150,16 @@ def test_momentum_is_each_worker_s_own() -> None:
     assert optimizer.state[next(model.parameters())]["momentum_buffer"] is first[0]["momentum_buffer"]
 
 
-def test_at_rest_is_the_last_average_and_settling_leaves_the_copies() -> None:
+def test_parameters_hold_the_last_average_and_settling_keeps_the_copies() -> None:
     base = BASES["adamw"]
     settled, _, _ = local(base, 2, 1, 3, 8)
-    resting, _, _ = local(base, 2, 1, 3, 8, settle=False)
+    unsettled, _, _ = local(base, 2, 1, 3, 8, settle=False)
     # Averages after the steps 3 and 6.
     for step, last in enumerate([0, 0, 0, 3, 3, 3, 6, 6]):
-        assert torch.equal(resting[step], settled[last]), step
+        assert torch.equal(unsettled[step], settled[last]), step
 
 
-def test_gradients_add_up_and_x_comes_back_inside_a_step() -> None:
+def test_gradients_are_summed_and_x_is_restored_within_a_step() -> None:
     model = make_model()
     optimizer = LocalSGD(BASES["nesterov"](list(model.parameters())), 2, virtual_workers=2)
     optimizer.start()
@@ -177,7 +174,7 @@ def test_gradients_add_up_and_x_comes_back_inside_a_step() -> None:
     assert torch.allclose(vector([p.grad for p in model.parameters()]), sum(expected), atol=1e-14)
 
 
-def test_a_worker_whose_gradient_is_not_finite_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_with_a_non_finite_gradient_skips_its_step(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model()
     optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), 1, virtual_workers=2)
     optimizer.start()
@@ -246,7 +243,7 @@ def test_inside_an_extrapolation_that_has_ended_nothing_differs() -> None:
     assert optimizer.skipped_steps == 0 and optimizer.step_count == 8
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_wrong_use_is_refused() -> None:
     model = make_model()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="local_steps is 0; allowed"):

@@ -1,7 +1,8 @@
-"""The loops that people write: checkpoints, accelerate, learning-rate schedulers, clipping."""
+"""Training loops: state dicts, accelerate, schedules, clipping, dropout masks, closures."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.reference import extrapolate
 from tests.support.plain_loop import (
+    BASES,
     CELLS,
     PRESETS,
     Cell,
     assert_same_run,
     distance,
+    finishing,
     identical,
     loss_at,
     make_model,
     run_plain_loop,
     run_reference,
+    run_steps,
     run_virtual_workers,
     sgd,
+    take_passes,
     values,
     warm_up_and_decay,
     worker_losses,
 )
-
-# State dicts
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -80,9 +82,6 @@ def test_accelerate_keeps_the_momentum_and_the_direction(accelerator: Accelerato
     assert optimizer.step_count == 6
 
 
-# Learning rates
-
-
 @pytest.mark.parametrize(
     "make_scheduler",
     [
@@ -106,25 +105,6 @@ def test_schedulers_drive_the_base_and_the_step_size(name: str, make_scheduler: 
     assert_same_run(run, textbook, 1e-11)
 
 
-def test_an_annealed_step_size_follows_the_learning_rate_down() -> None:
-    """Constant gradients: ‖x − y‖ is the step size, 0.2 of the way up, at the peak, and halfway down."""
-    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = Extrapolated(torch.optim.SGD([w], lr=0.1), ExtrapConfig.preset("extrap", scaling="none", step_size=4.0))
-    scheduler = lr_scheduler.LambdaLR(optimizer, [0.2, 1.0, 0.5, 0.0].__getitem__)
-    moves = []
-    for _ in range(3):
-        with optimizer.probing():
-            w.sum().backward()
-        x = w.item()
-        optimizer.train()
-        moves.append(x - w.item())
-        w.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-    assert moves == pytest.approx([0.8, 4.0, 2.0], rel=1e-12)
-
-
 class RateFree(torch.optim.SGD):
     """Keeps no learning rate in its groups, as an optimizer that finds its own would."""
 
@@ -144,7 +124,7 @@ def test_a_ratio_of_no_learning_rate_is_refused(fields: dict[str, Any]) -> None:
         optimizer.train()
 
 
-def test_no_learning_rate_is_needed_for_a_number() -> None:
+def test_an_absolute_step_size_needs_no_learning_rate() -> None:
     model = make_model()
     optimizer = Extrapolated(RateFree(model.parameters()), ExtrapConfig.preset("sam", step_size=0.1))
     x = values(list(model.parameters()))
@@ -153,9 +133,6 @@ def test_no_learning_rate_is_needed_for_a_number() -> None:
     optimizer.train()
     moved = sum(float(((a - b) ** 2).sum()) for a, b in zip(x, values(list(model.parameters())), strict=True)) ** 0.5
     assert moved == pytest.approx(0.1, rel=1e-6)
-
-
-# Clipping
 
 
 @pytest.mark.parametrize("name", ["extrap-past", "optimistic", "past-update"])
@@ -178,34 +155,98 @@ def test_past_directions_and_clipping(name: str) -> None:
     assert distance(raw, clipped) > 1e-3
 
 
-CLIPPED = [("extrap", "auto"), ("extrap-past", "auto"), ("extragradient", "auto"), ("optimistic", "auto")]
+CLIPPED = ["extrap", "extrap-past", "extragradient", "optimistic"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(("preset", "step_size"), CLIPPED)
-def test_clipping_does_not_bend_the_measured_curvature(preset: str, step_size: str, workers: int) -> None:
-    """L̂ compares two gradients of one batch: clip one of them alone and it measures the clipping."""
-    cell = Cell(ExtrapConfig.preset(preset, step_size=step_size, probe_every=3), max_grad_norm=0.05)
+@pytest.mark.parametrize("preset", CLIPPED)
+def test_clipping_does_not_change_the_measured_curvature(preset: str, workers: int) -> None:
+    """L̂ compares two gradients of one batch, neither of which is clipped: in `step`, and before in `observe`."""
+    cell = Cell(ExtrapConfig.preset(preset, step_size="auto", probe_every=3), max_grad_norm=0.05)
     expected = run_reference(cell, "sgd", workers, torch.float64)
     assert_same_run(run_virtual_workers(cell, "sgd", workers, torch.float64), expected, 1e-11)
-
-
-@pytest.mark.parametrize(("preset", "step_size"), CLIPPED)
-def test_observing_before_clipping_measures_the_whole_gradient(preset: str, step_size: str) -> None:
-    cell = Cell(ExtrapConfig.preset(preset, step_size=step_size, probe_every=3), max_grad_norm=0.05)
     model = make_model()
-    optimizer = Extrapolated(sgd(list(model.parameters())), cell.config)
-    scheduler = warm_up_and_decay(optimizer)
-    expected = run_reference(cell, "sgd", 1, torch.float64)
-    for step in range(9):
-        if optimizer.wants_probe:
-            with optimizer.probing():
-                loss_at(model, step).backward()
-        optimizer.train()
-        assert distance(list(model.parameters()), expected.y[step][0]) < 1e-11
-        loss_at(model, step).backward()
+    params = list(model.parameters())
+    optimizer = Extrapolated(sgd(params), cell.config, virtual_workers=workers)
+    clip = finishing(optimizer, params, warm_up_and_decay(optimizer), cell.max_grad_norm)
+
+    def finish() -> None:
         optimizer.observe()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        clip()
+
+    def backward(step: int, worker: int, index: int, probe: object) -> None:
+        (loss_at(model, step, worker) / workers).backward()
+
+    assert_same_run(run_steps(params, optimizer, backward, finish), expected, 1e-11)
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.first, self.dropout, self.last = nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 3)
+        self.masks: list[Tensor] = []
+        self.dropout.register_forward_hook(lambda module, inputs, output: self.masks.append(output != 0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.dropout(self.first(inputs)))
+
+
+@pytest.mark.parametrize("preset", ["extrap", "sam"])
+def test_both_passes_see_the_same_masks(preset: str) -> None:
+    model = Dropping()
+    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset(preset), virtual_workers=2)
+    torch.manual_seed(8)
+    for step in range(2):
+        take_passes(optimizer, lambda k, index, probe: (loss_at(model, step, k) / 2).backward())  # noqa: B023
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
+    pairs = list(zip(model.masks[::2], model.masks[1::2], strict=True))
+    assert all(torch.equal(probe, regular) for probe, regular in pairs)
+    assert len({tuple(regular.flatten().tolist()) for _, regular in pairs}) == 4
+    after = torch.rand(3)
+    torch.manual_seed(8)
+    for _ in range(4):
+        nn.functional.dropout(torch.ones(7, 64), 0.5)
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_global_probes_see_the_masks_of_their_batches() -> None:
+    """All probes come first, then all regular passes: worker k's masks are the same in both."""
+    model = Dropping()
+    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extragradient"), virtual_workers=2)
+    take_passes(optimizer, lambda k, index, probe: (loss_at(model, 0, k) / 2).backward())
+    assert torch.equal(model.masks[0], model.masks[2]) and torch.equal(model.masks[1], model.masks[3])
+    assert not torch.equal(model.masks[0], model.masks[1])
+
+
+def test_independent_samples_have_masks_of_their_own() -> None:
+    model = Dropping()
+    optimizer = Extrapolated(sgd(list(model.parameters())), ExtrapConfig.preset("extrap", batch="independent"))
+    take_passes(optimizer, lambda k, index, probe: loss_at(model, int(probe is not None)).backward())
+    assert not torch.equal(*model.masks)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("preset", ["none", "extrap", "extrap-past", "past-update", "sam"])
+def test_a_closure_gives_the_numbers_of_a_loop(preset: str, base: str) -> None:
+    config = ExtrapConfig.preset(preset)
+    plain = make_model()
+    plain_optimizer = Extrapolated(BASES[base](list(plain.parameters())), config)
+    expected = run_plain_loop(plain, plain_optimizer, config, [0], steps=4)
+    model = make_model()
+    optimizer = Extrapolated(BASES[base](list(model.parameters())), config)
+    for step in range(4):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_at(model, step)
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            at_y = copy.deepcopy(model)
+            at_y.load_state_dict(dict(zip(model.state_dict(), expected.y[step][0], strict=True)))
+        assert optimizer.step(closure).item() == loss_at(at_y, step).item()
+        assert identical(list(model.parameters()), expected.x[step + 1])
+    assert optimizer.skipped_steps == 0

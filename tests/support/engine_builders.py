@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import Extrapolated
 from tests.support.engine_problem import Cell, Engine, make_problem
 from tests.support.plain_loop import BASES, warm_up_and_decay
 

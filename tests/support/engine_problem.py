@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
-from tests.support.plain_loop import BASES, warm_up_and_decay
+from hf_extrap import ExtrapConfig, Extrapolated
+from tests.support.plain_loop import BASES, take_passes, warm_up_and_decay
 from tests.support.plain_loop import CELLS as PLAIN
 from tests.support.plain_loop import SCHEMES as SHARED
 
 STEPS = 20
 PROCESSES = 2
-LOOKED_AT = 5
-"""The step in the middle of which a run looks at y, and puts x back and y again."""
+INSPECTED = 5
+"""The step within which a run records y, restores x and extrapolates again."""
 
 SCHEMES = {
     **{n: SHARED[n] for n in ("none", "extrap", "extrap-past", "optimistic", "extragradient", "past-update")},
@@ -51,10 +50,8 @@ class Cell:
     frozen: bool = False  # the bias of the first layer
 
     def __str__(self) -> str:
-        extra = [f"{self.workers} workers"] * (self.workers > 1)
-        extra += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1)
-        extra += ["clipped"] * self.clipped + ["frozen"] * self.frozen
-        return ", ".join([self.scheme, self.base, *extra])
+        changed = [f for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        return ", ".join([self.scheme, *(f"{f.name}={getattr(self, f.name)}" for f in changed)])
 
     @property
     def config(self) -> ExtrapConfig:
@@ -160,10 +157,10 @@ class Seen:
 
     losses: list[float] = field(default_factory=list)
     end: list[Tensor] = field(default_factory=list)
-    displacement: float = 0.0  # the largest |x - y| of any weight, where it was looked at
-    rests_at_x: bool = True  # to the bit, in the middle of a step
+    displacement: float = 0.0  # the largest |x - y| of any weight, at the inspected step
+    restores_x: bool = True  # to the bit, in the middle of a step
     returns_to_y: bool = True
-    rests_at_masters: bool = True  # to the bit, after every step of a clipped cell: gathering takes time
+    holds_masters: bool = True  # to the bit, after every step of a clipped cell: gathering takes time
 
 
 def train(engine: Engine, cell: Cell, mine: Sequence[int], steps: Iterable[int] = range(STEPS)) -> Seen:
@@ -171,39 +168,29 @@ def train(engine: Engine, cell: Cell, mine: Sequence[int], steps: Iterable[int] 
     optimizer, seen, A = engine.optimizer, Seen(), cell.micro_batches
     last = (len(mine) - 1, A - 1)
 
-    def backward(step: int, v: int, index: int, back: Callable[[Tensor], Any]) -> float:
+    def backward(v: int, index: int, probe: Callable[[Tensor], Any] | None) -> None:
         inputs, labels = batch(step, mine[v], index)
         with engine.synchronizing((v, index) == last):
             loss = loss_of(engine.model, inputs.to(engine.dtype), labels)
-            back(loss / (A * len(mine)) if engine.step is None else loss)
-        return loss.item()
+            (probe or engine.backward)(loss / (A * len(mine)) if engine.step is None else loss)
+        if not probe:
+            losses.append(loss.item())
+            if engine.step is not None:
+                engine.step()
+
+    def at_y(v: int) -> None:
+        if (step, v) == (INSPECTED, 0):
+            inspect(engine, seen, x, v)
 
     for step in steps:
-        losses = []
-        if not cell.config.is_local and optimizer.wants_probe:
-            with optimizer.probing() as back:
-                for v in range(len(mine)):
-                    for index in range(A):
-                        backward(step, v, index, back)
-        for v in range(len(mine)):
-            if optimizer.wants_probe:
-                with optimizer.probing(worker=v) as back:
-                    for index in range(A):
-                        backward(step, v, index, back)
-            for index in range(A):
-                looked_at = step == LOOKED_AT and (v, index) == (0, 0)
-                x = engine.weights() if looked_at else []
-                optimizer.train(worker=v)
-                if looked_at:
-                    look(engine, seen, x, v)
-                losses.append(backward(step, v, index, engine.backward))
-                if engine.step is not None:
-                    engine.step()
+        losses: list[float] = []
+        x = engine.weights() if step == INSPECTED else []
+        take_passes(optimizer, backward, accumulation=A, at_y=at_y)
         if engine.step is None:
             finish_step(engine, cell)
         seen.losses.append(sum(losses) / len(losses))
         if engine.masters is not None and cell.clipped:
-            seen.rests_at_masters &= same(engine.weights(), engine.masters())
+            seen.holds_masters &= same(engine.weights(), engine.masters())
     seen.end = engine.weights()
     return seen
 
@@ -218,11 +205,11 @@ def finish_step(engine: Engine, cell: Cell) -> None:
     engine.scheduler.step()
 
 
-def look(engine: Engine, seen: Seen, x: list[Tensor], worker: int) -> None:
-    """Note y, put x back, and go to y again."""
+def inspect(engine: Engine, seen: Seen, x: list[Tensor], worker: int) -> None:
+    """Record y, restore x and extrapolate again."""
     y = engine.weights()
     engine.optimizer.restore()
-    seen.rests_at_x = same(engine.weights(), x)
+    seen.restores_x = same(engine.weights(), x)
     engine.optimizer.train(worker=worker)
     seen.returns_to_y = same(engine.weights(), y)
     seen.displacement = max(float((a.double() - b.double()).abs().max()) for a, b in zip(x, y, strict=True))
@@ -233,11 +220,11 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(p, q.to(p.dtype)) for p, q in zip(a, b, strict=True))
 
 
-def alone(cell: Cell) -> Seen:
+def alone(cell: Cell, steps: int = STEPS) -> Seen:
     """One process that plays the workers of both."""
     model = make_problem(cell)
     params = list(model.parameters())
     workers = PROCESSES * cell.workers
     optimizer = Extrapolated(BASES[cell.base](params), cell.config, virtual_workers=workers)
     engine = Engine(model, optimizer, warm_up_and_decay(optimizer), lambda: [p.detach().clone() for p in params])
-    return train(engine, cell, range(workers))
+    return train(engine, cell, range(workers), range(steps))

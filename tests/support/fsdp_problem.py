@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
-from tests.support.plain_loop import BASES, CELLS, Run, make_batch, warm_up_and_decay
+from hf_extrap import ExtrapConfig, Extrapolated
+from tests.support.plain_loop import BASES, CELLS, Run, finishing, make_batch, run_steps, warm_up_and_decay
 from tests.support.plain_loop import SCHEMES as SHARED
 
 STEPS = 20
@@ -23,6 +22,7 @@ SCHEMES = {
     "sam": CELLS["sam"].config,
     "extrap-past, on the host": ExtrapConfig.preset("extrap-past", step_ratio=0.5, direction_device="cpu"),
     "extragradient-auto": CELLS["extragradient-auto"].config,
+    "optimistic, step": ExtrapConfig.preset("optimistic", step_size=0.5, scaling="step"),
     "gaussian, unscaled": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global", scaling="none"),
 }
 Batch = Callable[[int, int, int], tuple[Tensor, Tensor]]
@@ -41,10 +41,8 @@ class Job:
     offload: bool = False
 
     def __str__(self) -> str:
-        extra = [f"{self.virtual_workers} virtual"] * (self.virtual_workers > 1)
-        extra += [f"{self.accumulation} micro-batches", f"reduced {self.reduced}"] * (self.accumulation > 1)
-        extra += ["clipped"] * (self.max_grad_norm is not None) + ["offloaded"] * self.offload
-        return ", ".join([self.scheme, self.base, *extra])
+        changed = [f for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        return ", ".join([self.scheme, *(f"{f.name}={getattr(self, f.name)}" for f in changed)])
 
     @property
     def config(self) -> ExtrapConfig:
@@ -85,61 +83,36 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
 
 
+def sharded(mesh: Any = None, **policies: Any) -> Network:
+    """One layer is a module of its own, and the root holds what is left."""
+    model = Network()
+    fully_shard(model.first, mesh=mesh, **policies)
+    fully_shard(model, mesh=mesh, **policies)
+    return model
+
+
+def connected(model: nn.Module, scheme: str, base: str = "sgd", virtual_workers: int = 1) -> Extrapolated:
+    optimizer = Extrapolated(BASES[base](list(model.parameters())), SCHEMES[scheme], virtual_workers=virtual_workers)
+    optimizer.connect(model)
+    return optimizer
+
+
 def train(model: nn.Module, job: Job, workers: Sequence[int], batch: Batch) -> tuple[Run, Extrapolated]:
     """Train this process's workers, numbered over all; the run has what this process holds of x and y."""
-    base = BASES[job.base](list(model.parameters()))
-    optimizer = Extrapolated(base, job.config, virtual_workers=len(workers))
-    optimizer.connect(model)
-    return run_loop(model, optimizer, optimizer, job, workers, batch), optimizer
+    optimizer = connected(model, job.scheme, job.base, len(workers))
+    params, A = list(model.parameters()), job.accumulation
 
-
-def run_loop(
-    model: nn.Module,
-    optimizer: Extrapolated,
-    stepped: Any,
-    job: Job,
-    workers: Sequence[int],
-    batch: Batch,
-    backward_of: Callable[[Tensor], None] = Tensor.backward,
-) -> Run:
-    """The documentation's loop; `stepped` is the optimizer, or accelerate's around it."""
-    params, config, A = list(model.parameters()), job.config, job.accumulation
-    scheduler = warm_up_and_decay(optimizer)
-    run = Run(x=[local(params)])
-
-    def backward(step: int, k: int, index: int, ends: bool) -> None:
+    def backward(step: int, v: int, index: int, probe: object) -> None:
         if isinstance(model, FSDPModule):
+            # Gradients of workers with their own directions must not be summed before the optimizer has them.
+            ends = index == A - 1 and (job.config.is_local or v == len(workers) - 1)
             model.set_requires_gradient_sync(ends or job.reduced != "at the end")
             model.set_requires_all_reduce(ends or job.reduced == "all")
-        inputs, labels = batch(step, k, index)
-        backward_of(nn.functional.cross_entropy(model(inputs), labels) / (A * len(workers)))
+        inputs, labels = batch(step, workers[v], index)
+        (nn.functional.cross_entropy(model(inputs), labels) / (A * len(workers))).backward()
 
-    for step in range(STEPS):
-        if config.scope == "global" and optimizer.wants_probe:
-            with optimizer.probing():
-                for k in workers:
-                    for index in range(A):
-                        backward(step, k, index, (k, index) == (workers[-1], A - 1))
-        ys = []
-        for v, k in enumerate(workers):
-            if config.scope == "local" and optimizer.wants_probe:
-                with optimizer.probing(worker=v):
-                    for index in range(A):
-                        backward(step, k, index, index == A - 1)
-            for index in range(A):
-                optimizer.train(worker=v)
-                ys += [local(params)] * (index == 0)
-                # Workers with a gradient of their own must not be summed before it is seen.
-                ends = index == A - 1 and (config.is_local or v == len(workers) - 1)
-                backward(step, k, index, ends)
-        if job.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(params, job.max_grad_norm)
-        stepped.step()
-        stepped.zero_grad()
-        scheduler.step()
-        run.x.append(local(params))
-        run.y.append(ys)
-    return run
+    finish = finishing(optimizer, params, warm_up_and_decay(optimizer), job.max_grad_norm)
+    return run_steps(params, optimizer, backward, finish, steps=STEPS, accumulation=A, held=local), optimizer
 
 
 def joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from tests.support.leaving import leave
+from tests.support.in_processes import leave
 from tests.support.tiny_trainer import train
 
 

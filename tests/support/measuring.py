@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap import ExtrapConfig
 from hf_extrap.optim.directions.noise import noise
 from hf_extrap.optim.reference import scaled
 from tests.support.plain_loop import values
@@ -21,6 +21,8 @@ PRESETS = {
     "gaussian": ExtrapConfig.preset("gaussian"),
 }
 
+CHOSEN = ("extrap", "extrap-past")
+"""A fresh and a past direction: `make test` runs these in every mode, and `make test-all` all presets."""
 SHORT = {
     "extrap": ExtrapConfig.preset("extrap", step_size=0.004),
     "extrap-past": ExtrapConfig.preset("extrap-past", step_size=0.008),
@@ -61,7 +63,7 @@ class Watch:
 
     @contextmanager
     def forward(self) -> Iterator[Callable[[Tensor], None]]:
-        """Around one forward pass; gives the function that is told the loss."""
+        """Around one forward pass; gives the function that records the loss."""
         self.passes.append(Pass(values(self.params)))
         yield lambda loss: setattr(self.passes[-1], "loss", float(loss.detach()))
         for p, q in zip(self.params, self.passes[-1].at, strict=True):

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from tests.support.measuring import Step, Watch
 from tests.support.plain_loop import values
 from tests.support.tiny_trainer import Sentences, gpt2
@@ -99,10 +98,9 @@ def train(
     steps: int = 8,
     compiled: Callable[[nn.Module], Callable[..., Any]] | None = None,
     overflow_at: int | None = None,
-    model: nn.Module | None = None,
 ) -> Trained:
     """Train on one batch as the README tells; at step `overflow_at` the loss scale is far too large."""
-    model = mode.change(gpt2() if model is None else model)
+    model = mode.change(gpt2())
     params = [p for p in model.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, backoff_factor=2.0**-50, enabled=mode.scaled)
     optimizer = Extrapolated(sgd(params, mode.rate), config, grad_scaler=scaler)
@@ -128,7 +126,7 @@ def train(
     for number in range(steps):
         if number == overflow_at:
             scaler.update(2.0**60)
-        # A step that the scaler withholds leaves y, and whoever looks between steps asks for x.
+        # A step that the scaler withholds leaves y.
         optimizer.eval()
         step = Step(values(params), [mode.rate] * len(params), [mode.rate] * len(params), [], number=number)
         step.before, step.scale, watch.passes = before, float(scaler.get_scale()), step.passes

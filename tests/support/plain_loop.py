@@ -1,33 +1,22 @@
-"""A small problem and the plain training loop that the optimizer tests share, in one process and under DDP."""
+"""A small problem, the plain training loop of the tests, and the textbook's run of the same."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.reference import Loss, Trajectory, extrapolate
 
 STEPS = 9
-PRESETS = [
-    "extrap",
-    "extrap-past",
-    "extragradient",
-    "optimistic",
-    "past-update",
-    "gaussian",
-    "smoothout",
-    "sam",
-    "asam",
-    "msam",
-]
+PRESETS = "extrap extrap-past extragradient optimistic past-update gaussian smoothout sam asam msam".split()
 """Those that extrapolate."""
 
 
@@ -127,13 +116,20 @@ CELLS: dict[str, Cell] = {
     "optimistic-clipped": _cell("optimistic", 0.05),
 }
 
+NOISE = {
+    "gaussian": _cell("gaussian", step_size=0.05),
+    "smoothout": _cell("smoothout", step_size=0.05),
+    "gaussian-global": _cell("gaussian", step_size=0.05, scope="global"),
+    "smoothout-global": _cell("smoothout", step_size=0.05, scope="global"),
+}
+"""Schemes whose noise the textbook must be given."""
 
 SCHEMES: dict[str, ExtrapConfig] = {
     **{n: CELLS[n].config for n in ("none", "extrap", "extrap-past", "extragradient", "optimistic", "past-update")},
     "extrap, a layer's step": ExtrapConfig.preset("extrap"),
     "extrap-past, a layer's step": CELLS["extrap-past-layer-step"].config,
-    "gaussian": ExtrapConfig.preset("gaussian", step_size=0.05),
-    "gaussian, shared": ExtrapConfig.preset("gaussian", step_size=0.05, scope="global"),
+    "gaussian": NOISE["gaussian"].config,
+    "gaussian, shared": NOISE["gaussian-global"].config,
 }
 """Those that the tests of every engine run."""
 
@@ -150,6 +146,97 @@ def values(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach().clone() for p in parameters]
 
 
+def take_passes(
+    optimizer: Extrapolated,
+    backward: Callable[[int, int, Any], object],
+    *,
+    accumulation: int = 1,
+    order: Sequence[int] | None = None,
+    model: nn.Module | None = None,
+    at_y: Callable[[int], object] = lambda worker: None,
+) -> None:
+    """The passes of one step of the documentation's loop.
+
+    Args:
+        backward: called as `backward(v, index, probe)` for micro-batch `index` of virtual worker `v`; `probe` is the
+            function that passes a probe's loss back, and None in regular passes.
+        order: of the virtual workers.
+        model: passed to `probing`.
+        at_y: called with each virtual worker at its extrapolated point.
+    """
+    order = range(optimizer.virtual_workers) if order is None else order
+    if not optimizer.config.is_local and optimizer.wants_probe:
+        with optimizer.probing(model=model) as probe:
+            for v in order:
+                for index in range(accumulation):
+                    backward(v, index, probe)
+    for v in order:
+        if optimizer.config.is_local and optimizer.wants_probe:
+            with optimizer.probing(worker=v, model=model) as probe:
+                for index in range(accumulation):
+                    backward(v, index, probe)
+        for index in range(accumulation):
+            optimizer.train(worker=v)
+            if index == 0:
+                at_y(v)
+            backward(v, index, None)
+
+
+def take_step(optimizer: Extrapolated, backward: Callable[[], object]) -> None:
+    """One step in which every pass of every worker is `backward()`."""
+    take_passes(optimizer, lambda *_: backward())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run_steps(
+    params: Sequence[Tensor],
+    optimizer: Extrapolated,
+    backward: Callable[[int, int, int, Any], object],
+    finish: Callable[[], object],
+    *,
+    first: int = 0,
+    steps: int = STEPS,
+    accumulation: int = 1,
+    probed: nn.Module | None = None,
+    held: Callable[[Sequence[Tensor]], list[Tensor]] = values,
+) -> Run:
+    """Steps of `take_passes`, each ended by `finish()`; `held` gives copies of what this process holds of x and y."""
+    run = Run(x=[held(params)])
+    for step in range(first, first + steps):
+        run.y.append([])
+        take_passes(
+            optimizer,
+            partial(backward, step),
+            accumulation=accumulation,
+            model=probed,
+            at_y=lambda worker: run.y[-1].append(held(params)),
+        )
+        finish()
+        run.x.append(held(params))
+    return run
+
+
+def finishing(
+    optimizer: Any,
+    params: Sequence[Tensor],
+    scheduler: LRScheduler | None = None,
+    max_grad_norm: float | None = None,
+    set_to_none: bool = True,
+) -> Callable[[], None]:
+    """The end of a step: clip, step, clear the gradients, change the learning rate."""
+
+    def finish() -> None:
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(params, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        if scheduler is not None:
+            scheduler.step()
+
+    return finish
+
+
 def run_plain_loop(
     model: nn.Module,
     optimizer: Extrapolated,
@@ -161,67 +248,35 @@ def run_plain_loop(
     scheduler: LRScheduler | None = None,
     max_grad_norm: float | None = None,
     batch: Callable[[int, int, bool], tuple[Tensor, Tensor]] | None = None,
-    probe_model: nn.Module | None = None,
 ) -> Run:
-    """Train as the documentation tells: the micro-batches of `workers` (numbered over all processes), then a step."""
-    parameters = list(model.parameters())
-    dtype, V = parameters[0].dtype, len(workers)
-    run = Run(x=[values(parameters)])
+    """Train in one process on `make_batch`, or on `batch(step, worker, independent)`."""
+    params = list(model.parameters())
 
-    def backward(step: int, k: int, probe: bool) -> None:
-        independent = probe and config.batch == "independent"
-        inputs, labels = batch(step, k, independent) if batch else make_batch(step, k, independent, dtype)
-        (nn.functional.cross_entropy(model(inputs), labels) / V).backward()
+    def backward(step: int, v: int, index: int, probe: object) -> None:
+        independent = probe is not None and config.batch == "independent"
+        given = (step, workers[v], independent)
+        inputs, labels = batch(*given) if batch else make_batch(*given, params[0].dtype)
+        (nn.functional.cross_entropy(model(inputs), labels) / len(workers)).backward()
 
-    for step in range(first, first + steps):
-        if not config.is_local and optimizer.wants_probe:
-            with optimizer.probing(model=probe_model):
-                for k in workers:
-                    with _synchronizing(model, last=k == workers[-1]):
-                        backward(step, k, probe=True)
-        ys = []
-        for v, k in enumerate(workers):
-            with _synchronizing(model, last=k == workers[-1]):
-                if config.is_local and optimizer.wants_probe:
-                    with optimizer.probing(worker=v, model=probe_model):
-                        backward(step, k, probe=True)
-                optimizer.train(worker=v)
-                ys.append(values(parameters))
-                backward(step, k, probe=False)
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if scheduler is not None:
-            scheduler.step()
-        run.x.append(values(parameters))
-        run.y.append(ys)
-    return run
+    finish = finishing(optimizer, params, scheduler, max_grad_norm)
+    return run_steps(params, optimizer, backward, finish, first=first, steps=steps)
 
 
-def take_step(optimizer: Extrapolated, backward: Callable[[], object]) -> None:
-    """One step of one worker, as a user's loop takes it."""
-    if optimizer.wants_probe:
-        with optimizer.probing():
-            backward()
-    optimizer.train()
-    backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _synchronizing(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-
-def worker_losses(model: nn.Module, config: ExtrapConfig, workers: int) -> list[Loss]:
+def worker_losses(
+    model: nn.Module,
+    config: ExtrapConfig,
+    workers: int,
+    batch: Callable[[int, int, bool], tuple[Tensor, Tensor]] | None = None,
+) -> list[Loss]:
     """The same problem as functions of the parameters, for the reference."""
+    model = copy.deepcopy(model)
     names = [name for name, _ in model.named_parameters()]
     dtype = next(model.parameters()).dtype
 
     def loss_of(k: int) -> Loss:
         def loss(point: list[Tensor], step: int, probe: bool) -> Tensor:
-            inputs, labels = make_batch(step, k, probe and config.batch == "independent", dtype)
+            given = (step, k, probe and config.batch == "independent")
+            inputs, labels = batch(*given) if batch else make_batch(*given, dtype)
             outputs = torch.func.functional_call(model, dict(zip(names, point, strict=True)), (inputs,))
             return nn.functional.cross_entropy(outputs, labels)
 
@@ -233,15 +288,8 @@ def worker_losses(model: nn.Module, config: ExtrapConfig, workers: int) -> list[
 def run_virtual_workers(cell: Cell, base: str, workers: int, dtype: torch.dtype, steps: int = STEPS) -> Run:
     model = make_model(dtype)
     optimizer = Extrapolated(BASES[base](list(model.parameters())), cell.config, virtual_workers=workers)
-    return run_plain_loop(
-        model,
-        optimizer,
-        cell.config,
-        range(workers),
-        steps=steps,
-        scheduler=warm_up_and_decay(optimizer),
-        max_grad_norm=cell.max_grad_norm,
-    )
+    options: Any = {"steps": steps, "scheduler": warm_up_and_decay(optimizer), "max_grad_norm": cell.max_grad_norm}
+    return run_plain_loop(model, optimizer, cell.config, range(workers), **options)
 
 
 def run_reference(cell: Cell, base: str, workers: int, dtype: torch.dtype, steps: int = STEPS) -> Trajectory:

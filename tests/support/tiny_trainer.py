@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTMode
 from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
 
 VOCABULARY = 50
+NESTEROV: dict[str, Any] = {
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.5,
+    "sgd_momentum": 0.9,
+    "sgd_nesterov": True,
+}
+"""Fields of runs that are compared between one process and several."""
 
 
 class Sentences(Dataset):
@@ -99,3 +107,15 @@ def train(folder: Path | str, kind: type[Trainer] = ExtrapTrainer, resume: Any =
 def weights(trainer: Trainer) -> torch.Tensor:
     """All parameters as one vector."""
     return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+class Warnings(logging.Handler):
+    """Keeps the text of every warning since it was created."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        logging.getLogger("hf_extrap").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())

@@ -17,7 +17,7 @@ import torch
 
 from hf_extrap.cli import main
 from hf_extrap.lab.bench import bench as module
-from hf_extrap.lab.bench import methods, workloads
+from hf_extrap.lab.bench import workloads
 from hf_extrap.lab.bench.bench import LOOPS, PARTS, workloads_of
 from hf_extrap.lab.bench.methods import METHODS, NotInstalled, make
 from hf_extrap.lab.bench.report import growth

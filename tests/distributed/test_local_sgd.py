@@ -1,17 +1,21 @@
-"""Run by torchrun: post-local SGD with DistributedDataParallel; a process leaves local_R.pt in the folder given."""
+"""Post-local SGD in two processes: two virtual workers, replicas that agree between steps, an exact resume."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hf_extrap.recipes.recording import replicas_agree
-from tests.support.leaving import save_and_leave
 from tests.support.tiny_trainer import gpt2, train, weights
+
+pytestmark = pytest.mark.distributed
+
 
 COMMON: dict[str, Any] = {
     "train_sampling_strategy": "sequential",
@@ -40,7 +44,7 @@ class Replicas(TrainerCallback):
         self.agreed.append(replicas_agree(kwargs["model"]))
 
 
-def main(folder: Path) -> None:
+def in_processes(folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for name, fields in CELLS.items():
         for workers in (1, 2):
@@ -56,8 +60,39 @@ def main(folder: Path) -> None:
     seen["whole"] = weights(train(folder / "whole", model=gpt2(dropout=0.1), **saving))
     resume = str(folder / "whole" / "checkpoint-4")
     seen["resumed"] = weights(train(folder / "resumed", model=gpt2(dropout=0.1), resume=resume, **saving))
-    save_and_leave(seen, folder, "local")
+    return seen
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("local_sgd")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path, run_processes: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What the two processes saw."""
+    return run_processes(__name__, folder)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_processes_are_two_virtual_workers(
+    ranks: list[dict[str, Any]], tmp_path: Path, cell: str, workers: int
+) -> None:
+    alone = train(tmp_path, **{**COMMON, **CELLS[cell]}, extrap_virtual_workers=2 * workers)
+    torch.testing.assert_close(weights(alone), ranks[0][f"{cell} {workers}"], rtol=1e-3, atol=1e-5)
+    losses = [row["eval_loss"] for row in alone.state.log_history if "eval_loss" in row]
+    assert ranks[0][f"{cell} {workers} losses"] == pytest.approx(losses, rel=1e-4) and len(losses) == 3
+
+
+def test_replicas_agree_after_every_step(ranks: list[dict[str, Any]]) -> None:
+    for cell in CELLS:
+        for workers in (1, 2):
+            assert ranks[0][f"{cell} {workers} agreed"] == [True] * COMMON["max_steps"]
+            assert torch.equal(ranks[0][f"{cell} {workers}"], ranks[1][f"{cell} {workers}"])
+
+
+def test_a_resumed_run_is_bit_identical(ranks: list[dict[str, Any]], folder: Path) -> None:
+    assert torch.equal(ranks[0]["resumed"], ranks[0]["whole"])
+    files = sorted(path.name for path in (folder / "whole" / "checkpoint-4").glob("local_sgd_rank_*"))
+    assert files == ["local_sgd_rank_0.pt", "local_sgd_rank_1.pt"]

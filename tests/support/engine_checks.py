@@ -1,4 +1,4 @@
-"""Runs of the engine tests beyond equality: what files hold, bfloat16, overflows, offload, refusals."""
+"""Runs of the engine tests beyond equality: resumes, exports, bfloat16, float16, overflows, offload, errors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from tests.support.engine_builders import build, zero
-from tests.support.engine_problem import SCHEMES, Cell, Engine, batch, loss_of, same, train
+from tests.support.engine_problem import SCHEMES, STEPS, Cell, Engine, batch, loss_of, same, train
 
 BF16: dict[str, dict[str, Any]] = {
     "FP16_UnfusedOptimizer": {"stage": 0},
@@ -26,6 +33,12 @@ BF16: dict[str, dict[str, Any]] = {
 """What DeepSpeed steps bfloat16 weights with, and the settings that choose it."""
 CONFIGURATIONS = Path(__file__).parents[2] / "configs" / "deepspeed"
 SHORT = range(8)
+SHORT_STEPS = 12
+GLOBAL = [Cell(scheme) for scheme in ("none", "extragradient", "optimistic", "past-update")]
+FP16 = {1: [*GLOBAL, Cell("extrap"), Cell("extrap-past")], 3: GLOBAL}
+"""By stage. The steps of `extrap` and `extrap-past` are in units of the gradient, where a loss scale would show."""
+POWERS = (8, 24)
+"""Initial loss scales, as powers of two; the second overflows until it has been halved often enough."""
 
 
 def mine(cell: Cell) -> list[int]:
@@ -81,7 +94,7 @@ def in_bfloat16(kind: str) -> dict[str, Any]:
         seen[scheme] = {
             "losses": run.losses,
             "displacement": run.displacement,
-            "rests": run.rests_at_x and run.rests_at_masters,
+            "holds": run.restores_x and run.holds_masters,
             "optimizer": engine.facts["optimizer"],
             "types": [str(p.dtype) for p in engine.weights()],
             "has_masters": engine.masters is not None,
@@ -90,8 +103,23 @@ def in_bfloat16(kind: str) -> dict[str, Any]:
     return seen
 
 
+def allow_float16() -> None:
+    """DeepSpeed's CPU accelerator refuses float16; gloo and the CPU compute it."""
+    accelerator = type(get_accelerator())
+    accelerator.is_fp16_supported = lambda self: True
+    accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
+
+
+def in_float16(stage: int, cell: Cell, power: int) -> dict[str, Any]:
+    """With an initial loss scale of 2^power: the weights at the end, the steps taken and skipped."""
+    engine = zero(stage, cell, {"fp16": {"enabled": True, "initial_scale_power": power, "hysteresis": 1}})
+    end = train(engine, cell, mine(cell), range(SHORT_STEPS)).end
+    assert all(p.dtype == torch.float16 for p in end)
+    return {"end": end, "steps": engine.optimizer.step_count, "skipped": engine.optimizer.skipped_steps}
+
+
 def overflow(name: str) -> dict[str, Any]:
-    """A step whose gradient is infinite in one process; the next ones go on from x."""
+    """A step whose gradient is infinite in one process; the next ones start from x."""
     cell = Cell("optimistic")
     engine = build(name, cell)
     optimizer = engine.optimizer
@@ -130,8 +158,8 @@ def offloaded(stage: int) -> dict[str, Any]:
     return {"ends": ends, "offloads": bool(offload.model.zero_cpu_offload())}
 
 
-def forgotten_connect(name: str) -> str:
-    """What a loop without `connect` is told."""
+def missing_connect(name: str) -> str:
+    """The error of a loop without `connect`."""
     engine = build(name, Cell("optimistic"), connected=False)
     return told(lambda: train(engine, Cell("optimistic"), mine(Cell("optimistic")), SHORT))
 
@@ -142,3 +170,67 @@ def told(what: Callable[[], Any]) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
+
+
+SAVED_AFTER = 9
+"""Past the start of every scheme, in the middle of a learning-rate schedule."""
+
+RESUMED = [
+    Cell("extrap-past, a layer's step", "adamw", workers=2),
+    Cell("optimistic", "adamw", micro_batches=2, clipped=True),
+    Cell("past-update", workers=2),
+    Cell("optimistic, auto"),
+]
+"""Local and global directions, the curvature, and the length of the last step."""
+
+
+def resume(name: str, cell: Cell, folder: Path) -> dict[str, Any]:
+    """Whether a run that starts again from its checkpoint, built anew, ends where the unbroken one does, to the bit."""
+    of_rank = mine(cell)
+    engine = build(name, cell)
+    train(engine, cell, of_rank, range(SAVED_AFTER))
+    save(engine, folder)
+    unbroken = train(engine, cell, of_rank, range(SAVED_AFTER, STEPS))
+    again = build(name, cell)
+    load(again, folder)
+    resumed = train(again, cell, of_rank, range(SAVED_AFTER, STEPS))
+    state = again.optimizer.local_state_dict()
+    is_own = "world_size" in state["owner"]
+    again.optimizer.load_local_state_dict({**state, "owner": {**state["owner"], "world_size": 4}} if is_own else state)
+    return {
+        "is_own": is_own,
+        "left of another world size": len(again.optimizer.local_state_dict()["directions"]) if is_own else 0,
+        "losses": [unbroken.losses, resumed.losses],
+        "ends": [unbroken.end, resumed.end],
+        "steps": [engine.optimizer.step_count, again.optimizer.step_count],
+        "peaks": [e.optimizer.local_state_dict()["progress"]["peak_lr"] for e in (engine, again)],
+        "plain": all(type(t) is torch.Tensor for t in engine.optimizer.local_state_dict()["directions"].values()),
+    }
+
+
+def save(engine: Engine, folder: Path) -> None:
+    """With the engine's own means, and a file a process."""
+    if engine.step is not None:
+        engine.model.save_checkpoint(folder, tag="saved")
+    else:
+        model, optimizer = get_state_dict(engine.model, engine.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        assert engine.scheduler is not None
+        torch.save(engine.scheduler.state_dict(), folder / f"scheduler_{dist.get_rank()}.pt")
+    torch.save(engine.optimizer.local_state_dict(), folder / f"extrap_{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+def load(engine: Engine, folder: Path) -> None:
+    """The inverse of `save`."""
+    if engine.step is not None:
+        path, _ = engine.model.load_checkpoint(folder, tag="saved")
+        assert path is not None
+    else:
+        model, optimizer = get_state_dict(engine.model, engine.optimizer)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        set_state_dict(engine.model, engine.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        assert engine.scheduler is not None
+        engine.scheduler.load_state_dict(torch.load(folder / f"scheduler_{dist.get_rank()}.pt", weights_only=True))
+    state = torch.load(folder / f"extrap_{dist.get_rank()}.pt", weights_only=True)
+    engine.optimizer.load_local_state_dict(state)

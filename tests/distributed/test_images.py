@@ -9,17 +9,37 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.image_processes import CELLS, COMMON
-from tests.support.tiny_images import train_images
+from tests.support.tiny_images import buffers, train_images
 from tests.support.tiny_trainer import weights
 
 pytestmark = pytest.mark.distributed
 
 
+CELLS: dict[str, dict[str, Any]] = {
+    f"{preset}, {count}": {"extrap": preset, "recalibrate_batch_norm": count}
+    for preset in ("none", "extrap", "extrap-past")
+    for count in (0, 2)
+}
+COMMON: dict[str, Any] = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+
+
+def in_processes(folder: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for name, fields in CELLS.items():
+        trainer = train_images(folder / "out", **fields, **COMMON)
+        assert trainer.args.world_size == 2
+        seen[name] = {
+            "weights": weights(trainer),
+            "buffers": buffers(trainer.model),
+            "losses": [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row],
+        }
+    return seen
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory, launch_here: Callable[..., Any]) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw."""
-    return launch_here("image_processes.py", tmp_path_factory.mktemp("images"), left="images")
+    return run_processes(__name__, tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -39,9 +59,5 @@ def test_two_processes_are_two_virtual_workers(ranks: list[dict[str, Any]], tmp_
     torch.testing.assert_close(ranks[0][cell]["buffers"][~counted], expected[~counted], rtol=1e-3, atol=1e-5)
     losses = [row["eval_loss"] for row in alone.state.log_history if "eval_loss" in row]
     assert ranks[0][cell]["losses"] == pytest.approx(losses, rel=1e-3) and len(losses) == 2
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_processes_end_with_the_same_weights_and_statistics(ranks: list[dict[str, Any]], cell: str) -> None:
     for name in ("weights", "buffers"):
         assert torch.equal(ranks[0][cell][name], ranks[1][cell][name])
