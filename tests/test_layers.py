@@ -185,7 +185,7 @@ for start in (lambda: task.prepare(task.arguments_class(), arguments), lambda: r
         print(error)
 """
     done = run_with_only(install_requires(), code)
-    sentence = "{} is not installed; it is part of an extra: pip install 'hf_extrap[recipes]'."
+    sentence = "{0} is not installed; it is part of the extra recipes: pip install '.[recipes]' in the checkout, or pip install {0}."
     found = done.stdout.splitlines()[-2:]
     assert found == [sentence.format(name) for name in ("datasets", "matplotlib")], done.stdout + done.stderr
 

@@ -9,7 +9,7 @@ import os
 import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes import TASKS, get_task
 from hf_extrap.recipes.task import Task
-from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments
+from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments, described
 
 PROGRAM_DEFAULTS: dict[str, Any] = {
     # The history must contain a NaN loss; the stock filter repeats the last finite one.
@@ -60,12 +60,10 @@ class RunArguments:
         save_model: write the trained model, its card and its curves besides the numbers.
     """
 
-    task: str = field(default="language_modeling", metadata={"help": f"What to train: {', '.join(TASKS)}."})
-    evaluate_untrained: bool = field(default=True, metadata={"help": "Evaluate once before the first step."})
-    abort_factor: float | None = field(
-        default=None, metadata={"help": "Stop at a loss that is not finite, or this many times the first one."}
-    )
-    save_model: bool = field(default=True, metadata={"help": "Write the trained model, its card and its curves."})
+    task: str = described("language_modeling", f"What to train: {', '.join(TASKS)}.")
+    evaluate_untrained: bool = described(True, "Evaluate once before the first step.")
+    abort_factor: float | None = described(None, "Stop at a loss that is not finite, or this many times the first one.")
+    save_model: bool = described(True, "Write the trained model, its card and its curves.")
 
     def __post_init__(self) -> None:
         if self.abort_factor is not None and not self.abort_factor > 1:

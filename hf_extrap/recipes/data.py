@@ -8,10 +8,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_extrap.recipes.task import check_fields
+from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
 
 if TYPE_CHECKING:
@@ -31,25 +33,18 @@ class DataArguments:
         ValueError: if a limit is less than 1.
     """
 
-    dataset: str = field(default="builtin", metadata={"help": "'builtin' or the name of a dataset on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": f"Local folder with {ALLOWED_NAMES}; takes precedence over `dataset`."}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a model; default: a new one, by the task's fields."}
-    )
-    data_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for prepared data; default: <HF datasets cache>/hf_extrap."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Limit of the rows of train."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Limit of the rows of validation and test."})
+    dataset: str = described("builtin", "'builtin' or the name of a dataset on the Hub.")
+    dataset_config: str | None = described(None, "Configuration of the Hub dataset.")
+    data_dir: str | None = described(None, f"Local folder with {ALLOWED_NAMES}; takes precedence over `dataset`.")
+    model: str | None = described(None, "Folder or Hub name of a model; default: a new one, by the task's fields.")
+    data_cache_dir: str | None = described(None, "Folder for prepared data; default: <HF datasets cache>/hf_extrap.")
+    max_train_samples: int | None = described(None, "Limit of the rows of train.")
+    max_eval_samples: int | None = described(None, "Limit of the rows of validation and test.")
 
     def __post_init__(self) -> None:
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; allowed: at least 1, or null for all rows.")
+        names = ("max_train_samples", "max_eval_samples")
+        limits = {name: getattr(self, name) is None or getattr(self, name) >= 1 for name in names}
+        check_fields(self, **{name: (holds, "at least 1, or null for all rows") for name, holds in limits.items()})
 
     @property
     def cache_root(self) -> Path:

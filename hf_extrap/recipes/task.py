@@ -57,6 +57,21 @@ class Task(Protocol):
         ...
 
 
+def check_fields(arguments: Any, **conditions: tuple[bool, str]) -> None:
+    """Check fields of arguments or of a configuration.
+
+    Args:
+        arguments: has the fields.
+        conditions: by field: whether its value is allowed, and which values are.
+
+    Raises:
+        ValueError: naming the first field whose value is not allowed.
+    """
+    for name, (holds, allowed) in conditions.items():
+        if not holds:
+            raise ValueError(f"`{name}` is {getattr(arguments, name)!r}; allowed: {allowed}.")
+
+
 def parameter_count(model: torch.nn.Module) -> int:
     """Number of parameters, including those that ZeRO-3 has partitioned."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+#: Modules whose distributions have other names.
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
+
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
@@ -17,7 +20,9 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed; it is part of an extra: pip install 'hf_extrap[{name}]'."
+        package = PACKAGES.get(str(error.name), error.name)
+        install = f"pip install '.[{name}]' in the checkout, or pip install {package}"
+        message = f"{error.name} is not installed; it is part of the extra {name}: {install}."
         raise ModuleNotFoundError(message, name=error.name) from error
 
 

@@ -21,10 +21,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
         ValueError: naming the field, what it cannot be combined with, and what is allowed.
     """
     args, config = trainer.args, trainer.extrap_config
-    engines = {
-        "the engine is DeepSpeed": trainer.is_deepspeed_enabled,
-        "the engine is FSDP": trainer.is_fsdp_enabled,
-    }
+    engines = {"the engine is DeepSpeed": trainer.is_deepspeed_enabled, "the engine is FSDP": trainer.is_fsdp_enabled}
     if config.direction != "none":
         _check_engine(trainer)
     if args.batch_workers:

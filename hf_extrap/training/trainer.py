@@ -86,16 +86,8 @@ class ExtrapTrainerMixin(TrainerBase):
         self._one_pass = WorkersInOnePass(self, self._fresh)
         self._running_loss = RunningLoss(self)
         # In the order in which an evaluation needs them.
-        self._components: list[Component] = [
-            self.local_sgd,
-            self.carried,
-            self._batch_norm,
-            self.sharpness,
-            self._fresh,
-            Diagnostics(self),
-            Directions(self),
-            self._running_loss,
-        ]
+        first: list[Component] = [self.local_sgd, self.carried, self._batch_norm, self.sharpness]
+        self._components = [*first, self._fresh, Diagnostics(self), Directions(self), self._running_loss]
 
     # What components use
 
@@ -120,12 +112,9 @@ class ExtrapTrainerMixin(TrainerBase):
         return cast(Inputs, self._prepare_inputs(dict(inputs)))
 
     def loss_of(self, inputs: Inputs, state: State | None = None, model: nn.Module | None = None) -> Tensor:
-        """The loss of a micro-batch by a pass that changes no recurrent state.
+        """The loss of a micro-batch by a pass of the model, by default the unwrapped one, that changes no state.
 
-        Args:
-            inputs: the micro-batch.
-            state: the recurrent state to begin with, if the model is in evaluation mode.
-            model: default: the unwrapped one.
+        In evaluation mode the recurrent state to begin with is `state`.
         """
         with self.carried.starting_from(state), self.compute_loss_context_manager():
             return cast(Tensor, self.compute_loss(self.model if model is None else model, self.prepare(inputs)))

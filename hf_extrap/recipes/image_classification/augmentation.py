@@ -11,13 +11,7 @@ from torch.nn import functional as F
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Pad each image with zeros and crop it to its size at a random position.
-
-    Args:
-        images: (batch, channels, height, width), of any type.
-        padding: pixels on each side.
-        generator: on the device of the images.
-    """
+    """Pad images, (batch, channels, height, width), with zeros and crop each to its size at a random position."""
     height, width = images.shape[-2:]
     # (batch, channels, 2 padding + 1, 2 padding + 1, height, width): a view of every crop.
     crops = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)

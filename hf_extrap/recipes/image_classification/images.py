@@ -126,11 +126,7 @@ def decode(
 ) -> dict[str, ImageDataset]:
     """Decode every image to RGB; the bytes are cached under a fingerprint of the image files.
 
-    Args:
-        splits: rows with an image (the feature `Image`, of any file format) and a class number.
-        cache_root: folder of the cache.
-        image_column: column of the images.
-        label_column: column of the classes, numbered from 0.
+    Images have the feature `Image` and any file format; labels are classes, numbered from 0.
 
     Raises:
         ValueError: if a column has another type, an image cannot be read, or images differ in size.

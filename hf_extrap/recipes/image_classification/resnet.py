@@ -10,6 +10,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, initializat
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
+from hf_extrap.recipes.task import check_fields
+
 #: Block size of oneDNN in channels. With fewer channels in channels-last layout, its gradient of a strided 1 × 1
 #: convolution writes out of bounds on CPUs with AVX2 (oneDNN issue 6035).
 ONEDNN_BLOCK = 16
@@ -36,10 +38,11 @@ class ExtrapResNetConfig(ResNetConfig):
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.depth < 8 or self.depth % 6 != 2:
-            raise ValueError(f"`depth` is {self.depth}; allowed: 6n + 2, such as 8, 14, 20 or 32.")
-        if self.width < 1:
-            raise ValueError(f"`width` is {self.width}; allowed: at least 1.")
+        check_fields(
+            self,
+            depth=(self.depth >= 8 and self.depth % 6 == 2, "6n + 2, such as 8, 14, 20 or 32"),
+            width=(self.width >= 1, "at least 1"),
+        )
         if not len(self.image_mean) == len(self.image_std) == self.num_channels or min(self.image_std) <= 0:
             raise ValueError(
                 f"`image_mean` is {self.image_mean} and `image_std` {self.image_std}; allowed: {self.num_channels} "

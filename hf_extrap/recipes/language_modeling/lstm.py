@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, ini
 from transformers.utils import ModelOutput
 
 from hf_extrap.recipes.language_modeling.vocabulary_head import VocabularyHead
+from hf_extrap.recipes.task import check_fields
 
 #: (h, c), each (layers, batch, hidden): the recurrent state of an LSTM.
 State = tuple[Tensor, Tensor]
@@ -48,16 +49,15 @@ class ExtrapLstmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is {self.dropout}; allowed: [0, 1).")
-        if self.tie_word_embeddings and self.embedding_size != self.hidden_size:
-            raise ValueError(
-                f"`embedding_size` is {self.embedding_size} with tied embeddings; allowed: `hidden_size`, "
-                f"{self.hidden_size}, or `tie_word_embeddings` false."
-            )
+        sizes = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers")
+        check_fields(
+            self,
+            **{size: (getattr(self, size) >= 1, "at least 1") for size in sizes},
+            dropout=(0 <= self.dropout < 1, "[0, 1)"),
+        )
+        fits = not self.tie_word_embeddings or self.embedding_size == self.hidden_size
+        allowed = f"`hidden_size`, {self.hidden_size}, for tied embeddings, or `tie_word_embeddings` false"
+        check_fields(self, embedding_size=(fits, allowed))
         super().__post_init__(**kwargs)
 
 

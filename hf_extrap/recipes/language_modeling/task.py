@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,8 @@ from hf_extrap.recipes.data import DataArguments, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
 from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
-from hf_extrap.recipes.task import PreparedTask, parameter_count
+from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
+from hf_extrap.training.arguments import described
 
 LSTM = "extrap_lstm"
 
@@ -43,30 +44,23 @@ class LanguageModelingArguments(DataArguments):
         ValueError: if a value is not allowed.
     """
 
-    seq_len: int = field(default=30, metadata={"help": "Targets of a chunk: length of backpropagation through time."})
-    vocab_size: int | None = field(
-        default=None, metadata={"help": "Limit of the word-level vocabulary; default: all words of the three splits."}
+    seq_len: int = described(30, "Targets of a chunk: length of backpropagation through time.")
+    vocab_size: int | None = described(
+        None, "Limit of the word-level vocabulary; default: all words of the three splits."
     )
-    model_type: str = field(default=LSTM, metadata={"help": "Architecture of a new model: any causal model."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Configuration of a new model, such as 'n_embd=128,n_layer=2'."}
-    )
-    from_scratch: bool = field(default=False, metadata={"help": "Use the configuration of `model`, not its weights."})
-    embedding_size: int | None = field(default=None, metadata={"help": "LSTM: default is `hidden_size`."})
-    hidden_size: int = field(default=650, metadata={"help": "LSTM: units of a layer."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "LSTM: layers."})
-    dropout: float = field(
-        default=0.4, metadata={"help": "LSTM: dropout of the embeddings, between layers, and of the output."}
-    )
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "LSTM: share embeddings and output weights."})
-    unigram_bias: bool = field(
-        default=False, metadata={"help": "LSTM: initialize the output bias with the words' log frequencies in train."}
-    )
+    model_type: str = described(LSTM, "Architecture of a new model: any causal model.")
+    config_overrides: str | None = described(None, "Configuration of a new model, such as 'n_embd=128,n_layer=2'.")
+    from_scratch: bool = described(False, "Use the configuration of `model`, not its weights.")
+    embedding_size: int | None = described(None, "LSTM: default is `hidden_size`.")
+    hidden_size: int = described(650, "LSTM: units of a layer.")
+    num_hidden_layers: int = described(3, "LSTM: layers.")
+    dropout: float = described(0.4, "LSTM: dropout of the embeddings, between layers, and of the output.")
+    tie_word_embeddings: bool = described(True, "LSTM: share embeddings and output weights.")
+    unigram_bias: bool = described(False, "LSTM: initialize the output bias with the words' log frequencies in train.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seq_len < 1:
-            raise ValueError(f"`seq_len` is {self.seq_len}; allowed: at least 1.")
+        check_fields(self, seq_len=(self.seq_len >= 1, "at least 1"))
         if self.model is None and self.from_scratch:
             raise ValueError("`from_scratch` is true and `model` is null; allowed: true only with a `model`.")
         if self.unigram_bias and (self.model is not None or self.model_type != LSTM):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Literal
 
 from hf_extrap.training.extras import extra
@@ -25,14 +26,8 @@ UNITS = (
 ).split()
 CURRENCIES = "EUR USD GBP CHF JPY SEK NOK DKK PLN CZK CAD AUD INR CNY BRL MXN ZAR TRY".split()
 #: Unit of a time span and its length in seconds; months and years have their mean length.
-SPANS: tuple[tuple[Literal["minute", "hour", "day", "week", "month", "year"], int], ...] = (
-    ("minute", 60),
-    ("hour", 3600),
-    ("day", 86400),
-    ("week", 604800),
-    ("month", 2629800),
-    ("year", 31557600),
-)
+SPANS: dict[Literal["minute", "hour", "day", "week", "month", "year"], int]
+SPANS = {"minute": 60, "hour": 3600, "day": 86400, "week": 604800, "month": 2629800, "year": 31557600}
 #: Writes one content in the language of a locale.
 Writer = Callable[[Locale], str]
 
@@ -51,16 +46,8 @@ def builtin_pairs(
     The sentences are dates, times, numbers, measures, amounts of money, time spans, and lists of territories and of
     languages, in the form of each language. No English and no German sentence is in two rows.
 
-    Args:
-        source_lang: `en` or `de`.
-        target_lang: the other one.
-        seed: of all random choices.
-        train: rows of train.
-        validation: rows of validation.
-        test: rows of test.
-
     Raises:
-        ValueError: if the languages are not English and German.
+        ValueError: if the languages are not English (`en`) and German (`de`), in either order.
     """
     if {source_lang, target_lang} != set(LOCALES):
         raise ValueError(
@@ -68,19 +55,19 @@ def builtin_pairs(
             "give `data_dir` or `dataset`."
         )
     generator = random.Random(seed)
+    sizes = {"train": train, "validation": validation, "test": test}
     rows: list[dict[str, str]] = []
     seen: set[tuple[str, str]] = set()
-    while len(rows) < train + validation + test:
+    while len(rows) < sum(sizes.values()):
         write = generator.choice(KINDS)(generator)
         # Whitespace of CLDR, such as no-break spaces, becomes a space.
         pair = {language: " ".join(write(locale).split()) for language, locale in LOCALES.items()}
         if seen.isdisjoint(pair.items()):
             seen.update(pair.items())
             rows.append(pair)
-    ends = {"train": (0, train), "validation": (train, train + validation), "test": (train + validation, None)}
-    return datasets.DatasetDict(
-        {name: datasets.Dataset.from_dict({"translation": rows[begin:end]}) for name, (begin, end) in ends.items()}
-    )
+    row = iter(rows)
+    splits = {name: {"translation": list(islice(row, size))} for name, size in sizes.items()}
+    return datasets.DatasetDict({name: datasets.Dataset.from_dict(columns) for name, columns in splits.items()})
 
 
 def _moment(generator: random.Random) -> datetime:
@@ -122,7 +109,7 @@ def _money(generator: random.Random) -> Writer:
 
 
 def _span(generator: random.Random) -> Writer:
-    unit, seconds = generator.choice(SPANS)
+    unit, seconds = generator.choice(list(SPANS.items()))
     span = timedelta(seconds=seconds * generator.randint(1, 400) * generator.choice((-1, 1)))
     return lambda locale: format_timedelta(span, granularity=unit, threshold=1e9, add_direction=True, locale=locale)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from hf_extrap.recipes.data import DataArguments, cached_folder, content_fingerprint
-from hf_extrap.recipes.task import PreparedTask, parameter_count
+from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
 from hf_extrap.recipes.translation.sentence_pairs import sentence_pairs
 from hf_extrap.recipes.translation.subwords import train_bpe
 from hf_extrap.recipes.translation.token_batches import FullBatches, TokenBatches, UnwrappingCollator
+from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
 
 if TYPE_CHECKING:
@@ -43,44 +44,39 @@ class TranslationArguments(DataArguments):
         ValueError: if a value is not allowed.
     """
 
-    source_lang: str = field(default="en", metadata={"help": "Key of the source sentences in the data."})
-    target_lang: str = field(default="de", metadata={"help": "Key of the target sentences in the data."})
-    vocab_size: int = field(default=8000, metadata={"help": "Tokens of the joint byte-level BPE."})
-    max_length: int = field(
-        default=128, metadata={"help": "Limit in tokens of sources and training targets; longer ones are truncated."}
-    )
-    batch_tokens: int = field(
-        default=4096, metadata={"help": "Limit of a worker's training batch, in tokens of one side with padding."}
-    )
-    num_beams: int = field(default=5, metadata={"help": "Beams of the final evaluation on the test split."})
-    length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length in beam search."})
-    d_model: int = field(default=512, metadata={"help": "Width of a new model."})
-    encoder_layers: int = field(default=6, metadata={"help": "Encoder layers of a new model."})
-    decoder_layers: int = field(default=6, metadata={"help": "Decoder layers of a new model."})
-    attention_heads: int = field(default=8, metadata={"help": "Attention heads of a new model."})
-    ffn_dim: int = field(default=2048, metadata={"help": "Inner width of the feed-forward layers."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of a new model."})
-    attention_dropout: float = field(default=0.0, metadata={"help": "Dropout of the attention weights."})
-    activation_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the feed-forward layers."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention kernel, such as eager or sdpa; default: the model's choice."}
+    source_lang: str = described("en", "Key of the source sentences in the data.")
+    target_lang: str = described("de", "Key of the target sentences in the data.")
+    vocab_size: int = described(8000, "Tokens of the joint byte-level BPE.")
+    max_length: int = described(128, "Limit in tokens of sources and training targets; longer ones are truncated.")
+    batch_tokens: int = described(4096, "Limit of a worker's training batch, in tokens of one side with padding.")
+    num_beams: int = described(5, "Beams of the final evaluation on the test split.")
+    length_penalty: float = described(1.0, "Exponent of the length in beam search.")
+    d_model: int = described(512, "Width of a new model.")
+    encoder_layers: int = described(6, "Encoder layers of a new model.")
+    decoder_layers: int = described(6, "Decoder layers of a new model.")
+    attention_heads: int = described(8, "Attention heads of a new model.")
+    ffn_dim: int = described(2048, "Inner width of the feed-forward layers.")
+    dropout: float = described(0.1, "Dropout of a new model.")
+    attention_dropout: float = described(0.0, "Dropout of the attention weights.")
+    activation_dropout: float = described(0.0, "Dropout inside the feed-forward layers.")
+    attn_implementation: str | None = described(
+        None, "Attention kernel, such as eager or sdpa; default: the model's choice."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source_lang == self.target_lang:
             raise ValueError(f"`source_lang` and `target_lang` are both {self.source_lang!r}; allowed: two languages.")
-        at_least = dict.fromkeys(("num_beams", "encoder_layers", "decoder_layers", "attention_heads", "ffn_dim"), 1)
-        for name, least in {**at_least, "max_length": 2, "batch_tokens": self.max_length}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: at least {least}.")
-        if self.d_model < 1 or self.d_model % self.attention_heads:
-            raise ValueError(
-                f"`d_model` is {self.d_model}; allowed: multiples of `attention_heads`, {self.attention_heads}."
-            )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: [0, 1).")
+        least = dict.fromkeys(("num_beams", "encoder_layers", "decoder_layers", "attention_heads", "ffn_dim"), 1)
+        least |= {"max_length": 2, "batch_tokens": self.max_length}
+        shares = ("dropout", "attention_dropout", "activation_dropout")
+        heads, divides = self.attention_heads, self.attention_heads >= 1 and self.d_model % self.attention_heads == 0
+        check_fields(
+            self,
+            **{name: (getattr(self, name) >= count, f"at least {count}") for name, count in least.items()},
+            d_model=(self.d_model >= 1 and divides, f"multiples of `attention_heads`, {heads}"),
+            **{name: (0.0 <= getattr(self, name) < 1.0, "[0, 1)") for name in shares},
+        )
 
 
 class TranslationTask:

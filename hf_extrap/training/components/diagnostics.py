@@ -22,15 +22,7 @@ logger = logging.getLogger(__name__)
 NO_EFFECT = 0.01
 """Displacement, as a share of the optimizer's step, below which extrapolation changes next to nothing."""
 
-AVERAGED = (
-    "displacement_norm",
-    "step_length",
-    "step_size",
-    "direction_cosine",
-    "gradient_square",
-    "pass_square",
-    "passes",
-)
+AVERAGED = tuple("displacement_norm step_length step_size direction_cosine gradient_square pass_square passes".split())
 """Statistics that are averaged over processes."""
 
 
@@ -53,14 +45,7 @@ class GradientNoiseScale:
     _weight: float = 0.0
 
     def update(self, small_square: float, large_square: float, small_batch: float, large_batch: float) -> None:
-        """Take one measurement.
-
-        Args:
-            small_square: mean of ‖g‖² over the workers' gradients.
-            large_square: ‖ḡ‖² of their average.
-            small_batch: samples of one worker.
-            large_batch: samples of all workers, more than `small_batch`.
-        """
+        """Take the mean of ‖g‖² over workers of `small_batch` samples, and ‖ḡ‖² of their average over `large_batch`."""
         signal = (large_batch * large_square - small_batch * small_square) / (large_batch - small_batch)
         noise = (small_square - large_square) / (1 / small_batch - 1 / large_batch)
         self._signal = self.smoothing * self._signal + (1 - self.smoothing) * signal

@@ -58,10 +58,7 @@ class Sharpness(Component):
             self.trainer.log(self._measured())
 
     def mean_loss(
-        self,
-        samples: Sequence[Sample],
-        differentiation: Differentiation = "autograd",
-        batch_norm: BatchNorm = "batch",
+        self, samples: Sequence[Sample], differentiation: Differentiation = "autograd", batch_norm: BatchNorm = "batch"
     ) -> MeanLoss:
         """The mean of the Trainer's loss over batches, each with its recurrent state, and over processes."""
         return MeanLoss(
@@ -74,12 +71,9 @@ class Sharpness(Component):
         )
 
     def samples(self, loader: Iterable[Inputs], count: int, streams: int = 1) -> list[Sample]:
-        """The first batches of a loader, each with the recurrent state that the model reaches it with.
+        """The first `count` batches of a loader, each with the recurrent state that the model reaches it with.
 
-        Args:
-            loader: gives the batches.
-            count: how many at most.
-            streams: number of workers that take the batches in turn, each with its own state.
+        `streams` workers take the batches in turn, each with its own state.
         """
         trainer, carried = self.trainer, self.trainer.carried
         samples: list[Sample] = []
