@@ -27,13 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
     """Run the action."""
-    if known.action == "report":
-        with importing():
-            from hf_extrap.lab.study.report import report_study
-
-        report_study(known.study, known.output_dir, command)
-        return 0
     with importing():
-        from hf_extrap.lab.study.runner import run_study
+        if known.action == "run":
+            from hf_extrap.lab.study.runner import run_study
 
-    return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
+            return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
+        from hf_extrap.lab.study.report import report_study
+    report_study(known.study, known.output_dir, command)
+    return 0

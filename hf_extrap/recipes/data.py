@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoTokenizer
+
 from hf_extrap.recipes.task import check_fields
 from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
@@ -64,14 +66,13 @@ def load_splits(
     cut_validation: Callable[[Dataset], tuple[Dataset, Dataset]] | None = None,
     take: Callable[[Dataset, int], Dataset] = lambda rows, count: rows.select(range(count)),
 ) -> DatasetDict:
-    """Load the splits train, validation and test.
+    """Load the splits train, validation and test, each with the given columns.
 
     Args:
-        arguments: `data_dir` takes precedence over `dataset`; `max_train_samples` and `max_eval_samples` are limits.
-        columns: columns that every split must have, such as `("text",)`.
+        arguments: name the data, and limit its rows.
+        columns: columns that every split must have.
         builtin: builds the data of `dataset: builtin`.
-        cut_validation: divides train into the remaining rows and validation, for data without a validation split; by
-            default such data is refused.
+        cut_validation: divides train into the remaining rows and validation, for data without a validation split.
         take: selects that many rows of a longer split; default: the first ones.
 
     Raises:
@@ -120,18 +121,16 @@ def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> Data
             raise FileNotFoundError(
                 f"data_dir {str(folder)!r} has no file for split {name!r}: it needs {ALLOWED_NAMES}."
             )
-        path = found[0]
+        path, reader = found[0], files[found[0]]
         if len(found) > 1:
             raise ValueError(f"data_dir {str(folder)!r} has both {path.name} and {found[1].name}; keep one of them.")
         if path.stat().st_size == 0:
             raise ValueError(f"{str(path)!r} is empty; allowed: at least one row.")
         try:
-            splits[name] = datasets.load_dataset(
-                files[path], data_files={name: str(path)}, split=name, cache_dir=str(cache_dir)
-            )
+            splits[name] = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=str(cache_dir))
         except Exception as error:
             reason = _one_line(error.__cause__ or error)
-            raise ValueError(f"{str(path)!r} cannot be read as {files[path]}: {reason}") from error
+            raise ValueError(f"{str(path)!r} cannot be read as {reader}: {reason}") from error
     return splits
 
 
@@ -145,6 +144,19 @@ def _from_hub(name: str, config: str | None) -> DatasetDict:
         raise FileNotFoundError(
             f"dataset {name!r} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
         ) from error
+
+
+def load_pretrained(auto: Any, name: str) -> Any:
+    """Load a model or a tokenizer by its Auto class.
+
+    Raises:
+        FileNotFoundError: if `name` is neither a folder with one nor found on the Hub.
+    """
+    try:
+        return auto.from_pretrained(name)
+    except OSError as error:
+        what = "tokenizer of model" if auto is AutoTokenizer else "model"
+        raise FileNotFoundError(f"{what} {name!r} cannot be loaded: {error}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -35,16 +35,9 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], li
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str = "") -> list[str]:
-    """Draw a run's history, one panel for each quantity with at least two values that are not all zero.
+    """Draw a run's history into a PNG file, one panel for each quantity with at least two values, not all zero.
 
-    Args:
-        rows: the history: training rows with `loss`, evaluation rows with `eval_<metric>`.
-        metric: key of the leading metric, without `eval_`.
-        path: PNG file to write.
-        title: title of the figure.
-
-    Returns:
-        Titles of the panels.
+    `metric` is the key of the leading metric, without `eval_`. Returns the titles of the panels.
     """
     with extra("recipes"):
         from matplotlib.figure import Figure

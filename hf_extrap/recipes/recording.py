@@ -96,9 +96,8 @@ class ConciseProgress(ProgressCallback):
         super().__init__()
         self.metric = metric
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if not state.is_world_process_zero or self.training_bar is None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, lr {logs.get('learning_rate', 0):.3g}")

@@ -13,15 +13,7 @@ from typing import Any
 
 from accelerate.utils import wait_for_everyone
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.recipes.configuration import Configuration
@@ -51,7 +43,7 @@ def run(
     Every process of a distributed launch calls this; the first one writes.
 
     Args:
-        configuration: from `hf_extrap.recipes.configuration.resolve`.
+        configuration: the resolved arguments.
         command: the command line to record; default: that of this process.
         callbacks: additional callbacks of the Trainer.
         print_logs: whether a run without a progress bar prints its logs.
@@ -78,7 +70,11 @@ def run(
     if first and not (folder.path / "run.json").exists():
         folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
 
-    _join_deepspeed(arguments)
+    if arguments.deepspeed is not None and arguments.world_size > 1:
+        import deepspeed
+
+        # Stage 3 needs the process group to build the model, before the Trainer exists.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     recorder = RunRecorder(folder)
@@ -109,9 +105,10 @@ def run(
     if configuration.run.save_model:
         trainer.save_model()
 
+    numbers = [validation.get(f"eval_{name}", math.nan) for name in (prepared.metric, "loss")]
     items = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     metrics: dict[str, Any] = {
-        "status": "finished" if _is_finite(validation, f"eval_{prepared.metric}", "eval_loss") else "diverged",
+        "status": "finished" if all(map(math.isfinite, numbers)) else "diverged",
         "diverged_at": diverged_at,
         "task": configuration.task.name,
         "preset": arguments.extrap,
@@ -143,7 +140,9 @@ def run(
     if first:
         folder.write_history(trainer.state.log_history)
         if configuration.run.save_model:
-            _write_card(folder, metrics, model)
+            title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
+            drawn = draw_curves(folder.read_history(), prepared.metric, folder.path / CURVES_FILE, title)
+            make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)
         # Last, since its presence marks a finished run.
         folder.write_metrics(metrics)
     wait_for_everyone()
@@ -151,15 +150,6 @@ def run(
     if identical is False:
         raise RuntimeError(f"the replicas differ after training; see ranks_identical in {folder.path}.")
     return metrics
-
-
-def _join_deepspeed(arguments: TrainingArguments) -> None:
-    """Initialize DeepSpeed's process group: stage 3 needs it to build the model, before the Trainer exists."""
-    if arguments.deepspeed is not None and arguments.world_size > 1:
-        import deepspeed
-
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
 def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
@@ -196,14 +186,15 @@ def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
 def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
     if resume is None or str(resume).lower() == "false":
         return None
-    if str(resume).lower() == "true":
-        last = folder.last_checkpoint()
-        if last is None:
-            raise FileNotFoundError(f"output_dir {folder.path} holds no checkpoint to resume from.")
-        return last
-    path = Path(resume)
-    if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    is_last = str(resume).lower() == "true"
+    path = folder.last_checkpoint() if is_last else Path(resume)
+    if path is None or not path.is_dir():
+        missing = (
+            f"output_dir {folder.path} holds no checkpoint to resume from."
+            if is_last
+            else f"checkpoint {path} does not exist."
+        )
+        raise FileNotFoundError(missing)
     return path
 
 
@@ -213,10 +204,11 @@ def _evaluate_untrained(
     arguments = configuration.training_arguments
     if resumed:
         return folder.read_configuration().get("untrained")
-    if not configuration.run.evaluate_untrained or getattr(arguments, "predict_with_generate", False):
-        return None
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        # The engine owns the weights from the start of training on.
+    # An untrained model generates up to the length limit, and an engine owns the weights only in training.
+    skipped = (
+        getattr(arguments, "predict_with_generate", False) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    )
+    if skipped or not configuration.run.evaluate_untrained:
         return None
     found = trainer.evaluate(metric_key_prefix="untrained")
     # Training starts from the same random state with and without this evaluation.
@@ -261,13 +253,3 @@ def _progress(trainer: Trainer, prepared: PreparedTask, recorder: RunRecorder) -
 
 def _rows(trainer: Trainer, key: str) -> list[dict[str, Any]]:
     return [row for row in trainer.state.log_history if key in row]
-
-
-def _is_finite(row: dict[str, Any], *names: str) -> bool:
-    return all(row.get(name) is not None and math.isfinite(row[name]) for name in names)
-
-
-def _write_card(folder: RunFolder, metrics: dict[str, Any], model: PreTrainedModel) -> None:
-    title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
-    drawn = draw_curves(folder.read_history(), metrics["metric"], folder.path / CURVES_FILE, title)
-    make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)

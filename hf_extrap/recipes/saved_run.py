@@ -20,10 +20,8 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 #: Fields of places, devices and speed, which do not change what was trained.
 UNUSED = frozenset(
-    (
-        "output_dir resume_from_checkpoint use_cpu bf16 fp16 torch_compile deepspeed fsdp report_to push_to_hub "
-        "sharpness_batches"
-    ).split()
+    "output_dir resume_from_checkpoint use_cpu bf16 fp16 torch_compile deepspeed fsdp report_to push_to_hub".split()
+    + ["sharpness_batches"]
 )
 
 
@@ -50,7 +48,7 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     """Rebuild a run from its saved weights.
 
     Args:
-        folder: folder of a run, of a checkpoint in it, or of any saved model.
+        folder: of a run, of a checkpoint in it, or of any saved model.
         words: `--field value …`, which take precedence over the run's fields.
         config: YAML file with the fields, for a saved model without run.json.
 

@@ -42,11 +42,11 @@ class PreparedTask:
 
 
 class Task(Protocol):
-    """A task turns its own arguments into a `PreparedTask`."""
+    """A task turns its own arguments, of `arguments_class`, into a `PreparedTask`, given those of the Trainer."""
 
     name: ClassVar[str]
     arguments_class: ClassVar[type]
-    seq2seq: ClassVar[bool]
+    seq2seq: ClassVar[bool] = False
 
     def training_defaults(self) -> dict[str, Any]:
         """Return the task's defaults of training arguments."""
@@ -58,15 +58,7 @@ class Task(Protocol):
 
 
 def check_fields(arguments: Any, **conditions: tuple[bool, str]) -> None:
-    """Check fields of arguments or of a configuration.
-
-    Args:
-        arguments: has the fields.
-        conditions: by field: whether its value is allowed, and which values are.
-
-    Raises:
-        ValueError: naming the first field whose value is not allowed.
-    """
+    """Raise a ValueError for the first field whose condition, (whether it holds, what is allowed), does not hold."""
     for name, (holds, allowed) in conditions.items():
         if not holds:
             raise ValueError(f"`{name}` is {getattr(arguments, name)!r}; allowed: {allowed}.")

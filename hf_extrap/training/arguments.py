@@ -122,14 +122,6 @@ class ExtrapArguments(Base):
     )
 
     def __post_init__(self) -> None:
-        self._check_workers()
-        if self.extrap_virtual_workers > 1:
-            self.gradient_accumulation_steps: int = self.extrap_virtual_workers
-        super().__post_init__()
-        self._check()
-
-    def _check_workers(self) -> None:
-        """What must hold before `TrainingArguments` reads the accumulation steps."""
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -138,9 +130,10 @@ class ExtrapArguments(Base):
                 f"gradient_accumulation_steps is {steps} and extrap_virtual_workers is {workers}; allowed: the same "
                 "number, or 1, since each micro-batch is a worker."
             )
-
-    def _check(self) -> None:
-        shares = self.lr_milestones
+        if workers > 1:
+            self.gradient_accumulation_steps: int = workers
+        super().__post_init__()
+        shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
             "sharpness_batches": (self.sharpness_batches >= 0, "a whole number >= 0"),
             "recalibrate_batch_norm": (self.recalibrate_batch_norm >= 0, "a whole number >= 0"),
@@ -148,12 +141,9 @@ class ExtrapArguments(Base):
             "local_sgd_start": (0 <= self.local_sgd_start <= 1, "a share of the training, 0 to 1"),
             "lr_scaling": (self.lr_scaling in ("none", "linear", "sqrt"), "none, linear, sqrt"),
             "base_batch_size": (self.base_batch_size is None or self.base_batch_size > 0, "a number > 0"),
-            "warmup_epochs": (
-                self.warmup_epochs >= 0 and not (self.warmup_epochs and self.warmup_steps),
-                ">= 0, and 0 beside warmup_steps",
-            ),
+            "warmup_epochs": (self.warmup_epochs >= 0 and not both_warm, ">= 0, and 0 beside warmup_steps"),
             "lr_milestones": (
-                all(0 < share < 1 for share in shares) and sorted(shares) == shares,
+                all(0 < s < 1 for s in shares) and sorted(shares) == shares,
                 "increasing shares in (0, 1)",
             ),
         }
@@ -162,10 +152,8 @@ class ExtrapArguments(Base):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
         self.extrap_config()
         if self.lr_scaling != "none" and self.base_batch_size is None:
-            raise ValueError(
-                f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, the batch size that learning_rate "
-                "was tuned at."
-            )
+            tuned = "the batch size that learning_rate was tuned at"
+            raise ValueError(f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, {tuned}.")
         if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":
             raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")
         if self.base_optimizer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class DivergenceStopper(TrainerCallback):
@@ -25,8 +25,8 @@ class DivergenceStopper(TrainerCallback):
         self.first_loss: float | None = None
         self.step: int | None = None
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss = kwargs["logs"].get("loss")
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
         if loss is None or self.step is not None:
             return
         if self.first_loss is None:

@@ -80,50 +80,36 @@ def check_deepspeed_runs(model: nn.Module) -> None:
 
 
 def _check_engine(trainer: ExtrapTrainerMixin) -> None:
-    args, accelerator = trainer.args, trainer.accelerator
-    field = f"extrap is {args.extrap!r}"
-    deepspeed: dict[str, Any] = {}
-    if trainer.is_deepspeed_enabled:
-        deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-    _refuse(
-        field,
-        {"the DeepSpeed configuration has an optimizer of its own": "optimizer" in deepspeed},
-        "no `optimizer` there, but `optim` or `base_optimizer` among the arguments, or extrap 'none'",
-    )
-    for engine, given, runs in (
-        ("FSDP", args.fsdp, trainer.is_fsdp_enabled),
-        ("DeepSpeed", args.deepspeed, trainer.is_deepspeed_enabled),
-    ):
+    args, accelerator, field = trainer.args, trainer.accelerator, f"extrap is {trainer.args.extrap!r}"
+    plugin = accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    deepspeed: dict[str, Any] = plugin.deepspeed_config if plugin else {}
+    own_optimizer = {"the DeepSpeed configuration has an optimizer of its own": "optimizer" in deepspeed}
+    allowed = "no `optimizer` there, but `optim` or `base_optimizer` among the arguments, or extrap 'none'"
+    _refuse(field, own_optimizer, allowed)
+    engines = {
+        "FSDP": (args.fsdp, trainer.is_fsdp_enabled),
+        "DeepSpeed": (args.deepspeed, trainer.is_deepspeed_enabled),
+    }
+    for engine, (given, runs) in engines.items():
         asked = bool(given) or os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
-        running = accelerator.distributed_type.value
-        _refuse(
-            field,
-            {f"{engine} is asked for, but accelerate runs {running}": asked and not runs},
-            f"a machine on which it runs {engine} (`hf-extrap doctor` says which), or a launch without it",
-        )
+        other = {f"{engine} is asked for, but accelerate runs {accelerator.distributed_type.value}": asked and not runs}
+        allowed = f"a machine on which it runs {engine} (`hf-extrap doctor` says which), or a launch without it"
+        _refuse(field, other, allowed)
     version = getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) if trainer.is_fsdp_enabled else 2
     _refuse(field, {"the engine is FSDP of version 1": version != 2}, "fsdp_version 2, or extrap 'none'")
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
-    sharded = "ZeRO-3" if stage == 3 else "FSDP" if trainer.is_fsdp_enabled else None
-    _refuse(
-        field,
-        {
-            f"the engine is {sharded}, where no worker has weights of its own": (
-                sharded is not None and trainer.extrap_config.scope == "local"
-            )
-        },
-        "extrap_scope 'global' (extragradient, optimistic, past-update, noise), or DDP or ZeRO stages 0 to 2",
-    )
+    is_local = trainer.extrap_config.scope == "local"
+    without = "where no worker has weights of its own"
+    sharded = {
+        f"the engine is ZeRO-3, {without}": stage == 3 and is_local,
+        f"the engine is FSDP, {without}": trainer.is_fsdp_enabled and is_local,
+    }
+    allowed = "extrap_scope 'global' (extragradient, optimistic, past-update, noise), or DDP or ZeRO stages 0 to 2"
+    _refuse(field, sharded, allowed)
 
 
 def _refuse(field: str, obstacles: Mapping[str, bool], allowed: str) -> None:
-    """Raise a ValueError that names the first obstacle that applies.
-
-    Args:
-        field: the field with its value: `local_steps is 8`.
-        obstacles: each in words, and whether it applies.
-        allowed: what is, and what to give instead.
-    """
+    """Raise a ValueError that names a field with its value, the first obstacle that applies, and what is allowed."""
     for obstacle, applies in obstacles.items():
         if applies:
             raise ValueError(f"{field} and {obstacle}; allowed: {allowed}.")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers.utils.logging import tqdm
 from hf_extrap.recipes.data import cached_folder
 from hf_extrap.training.extras import extra
 
-if TYPE_CHECKING:
+with extra("recipes"):
     import datasets
 
 #: Increase it when the format of prepared data changes.
@@ -31,7 +31,6 @@ DIGITS_VALIDATION, DIGITS_TEST = 297, 360
 def builtin_digits() -> datasets.DatasetDict:
     """Return scikit-learn's 1,797 handwritten digits, 8 × 8 grey: 1,140 for train, 297 for validation, 360 for test."""
     with extra("recipes"):
-        import datasets
         from PIL import Image
         from sklearn.datasets import load_digits
 
@@ -131,9 +130,6 @@ def decode(
     Raises:
         ValueError: if a column has another type, an image cannot be read, or images differ in size.
     """
-    with extra("recipes"):
-        import datasets
-
     found: dict[str, ImageDataset] = {}
     digest = hashlib.blake2b(json.dumps(CACHE_VERSION).encode(), digest_size=12)
     for name, split in splits.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import datasets
 import numpy as np
 from torch import Tensor
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
-from hf_extrap.recipes.data import DataArguments, load_splits
+from hf_extrap.recipes.data import DataArguments, load_pretrained, load_splits
 from hf_extrap.recipes.image_classification.augmentation import Augmentation
 from hf_extrap.recipes.image_classification.images import (
     ImageDataset,
@@ -23,9 +24,6 @@ from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageCla
 from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
 from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass
@@ -193,10 +191,7 @@ def build_model(
                 label2id={name: number for number, name in enumerate(names)},
             )
         )
-    try:
-        model = AutoModelForImageClassification.from_pretrained(arguments.model)
-    except OSError as error:
-        raise FileNotFoundError(f"model {arguments.model!r} cannot be loaded: {error}") from error
+    model = load_pretrained(AutoModelForImageClassification, arguments.model)
     if not isinstance(model, ExtrapResNetForImageClassification):
         raise ValueError(
             f"model {arguments.model!r} is a {type(model).__name__}; allowed: an ExtrapResNetForImageClassification, "

@@ -63,12 +63,7 @@ class ExtrapLstmConfig(PreTrainedConfig):
 
 @dataclass
 class ExtrapLstmOutput(ModelOutput):
-    """Output of `ExtrapLstmModel`.
-
-    Attributes:
-        last_hidden_state: (batch, length, hidden_size), after dropout.
-        cache_params: state after the last token.
-    """
+    """Hidden states (batch, length, hidden_size), after dropout, and the state after the last token."""
 
     last_hidden_state: Tensor | None = None
     cache_params: State | None = None
@@ -119,13 +114,8 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.lstm = nn.LSTM(
-            config.embedding_size,
-            config.hidden_size,
-            config.num_hidden_layers,
-            batch_first=True,
-            dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
-        )
+        layers, dropout = config.num_hidden_layers, config.dropout if config.num_hidden_layers > 1 else 0.0
+        self.lstm = nn.LSTM(config.embedding_size, config.hidden_size, layers, batch_first=True, dropout=dropout)
         self.post_init()
 
     def forward(
@@ -142,11 +132,10 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
 
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
-            attention_mask: (batch, length or more), 1 for a token, 0 for padding, which leaves the state unchanged.
-                Only the last `length` columns are used.
+            attention_mask: (batch, length or more), of which the last `length` columns are used; 0 for padding, which
+                leaves the state unchanged.
             cache_params: initial state; default: zeros.
-            use_cache: False omits the state. `config.use_cache` is ignored: the Trainer disables it to save the memory
-                of attention caches, and this state is small.
+            use_cache: False omits the state. `config.use_cache`, which the Trainer disables, is ignored.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` and `inputs_embeds` are both given or both None; allowed: exactly one.")
@@ -234,40 +223,25 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             input_ids = None if input_ids is None else input_ids[:, :-1]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
-        read = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            cache_params=cache_params,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-        )
+        read = self.model(input_ids, attention_mask, cache_params, inputs_embeds, use_cache)
         loss = logits = token_losses = None
         if labels is None:
             logits = self.lm_head(read.last_hidden_state[:, -logits_to_keep:])
         else:
             loss, token_losses = self.lm_head(read.last_hidden_state, labels[:, 1:])
-        result = ExtrapLstmCausalLMOutput(
-            loss=loss, logits=logits, token_losses=token_losses, cache_params=read.cache_params
-        )
+        result = ExtrapLstmCausalLMOutput(loss, logits, token_losses, read.cache_params)
         return result.to_tuple() if return_dict is False else result
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
         cache_params: State | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Select the next input of `forward`: the last token if there is a state, otherwise all tokens."""
-        inputs: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "cache_params": cache_params,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep or 0,
-        }
+        inputs = {"attention_mask": kwargs.get("attention_mask"), "use_cache": kwargs.get("use_cache")}
+        inputs |= {"cache_params": cache_params, "logits_to_keep": kwargs.get("logits_to_keep") or 0}
         if inputs_embeds is not None and cache_params is None:
             return {"inputs_embeds": inputs_embeds, **inputs}
         return {"input_ids": input_ids if cache_params is None else input_ids[:, -1:], **inputs}

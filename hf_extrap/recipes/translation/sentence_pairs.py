@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import datasets
 
 from hf_extrap.recipes.data import DataArguments, load_splits
-
-if TYPE_CHECKING:
-    import datasets
 
 
 def sentence_pairs(arguments: DataArguments, source_lang: str, target_lang: str) -> datasets.DatasetDict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import tokenizers
 from transformers import (
@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_extrap.recipes.data import DataArguments, cached_folder, content_fingerprint
+from hf_extrap.recipes.data import DataArguments, cached_folder, content_fingerprint, load_pretrained
 from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
 from hf_extrap.recipes.translation.sentence_pairs import sentence_pairs
 from hf_extrap.recipes.translation.subwords import train_bpe
@@ -27,7 +27,7 @@ from hf_extrap.recipes.translation.token_batches import FullBatches, TokenBatche
 from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
 
-if TYPE_CHECKING:
+with extra("recipes"):
     import datasets
 
 #: Increase it when the format of prepared data changes.
@@ -180,9 +180,6 @@ def encode(
     Tokenizer and splits are cached under a hash of the sentences and of the settings. Sources and training targets
     longer than `max_length` are truncated; references are not.
     """
-    with extra("recipes"):
-        import datasets
-
     given = None if arguments.model is None else _load_tokenizer(arguments.model)
     backend = given.backend_tokenizer.to_str() if isinstance(given, PreTrainedTokenizerFast) else arguments.model
     key = content_fingerprint(
@@ -237,10 +234,7 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
         ValueError: if `model` is not a sequence-to-sequence model.
     """
     if arguments.model is not None:
-        try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(arguments.model)
-        except OSError as error:
-            raise FileNotFoundError(f"model {arguments.model!r} cannot be loaded: {error}") from error
+        model = load_pretrained(AutoModelForSeq2SeqLM, arguments.model)
     else:
         model = MarianMTModel(
             MarianConfig(
@@ -277,10 +271,7 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise FileNotFoundError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
+    tokenizer = load_pretrained(AutoTokenizer, name)
     if getattr(tokenizer, "src_lang", None) is not None:
         raise ValueError(
             f"model {name!r} needs language codes, which this task does not set; allowed: a model of one language pair."

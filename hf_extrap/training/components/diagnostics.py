@@ -6,10 +6,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.training.checkpoints import RankState
@@ -147,11 +147,7 @@ class Diagnostics(Component):
         trainer = self.trainer
         # DeepSpeed passes backward through its own wrapper only.
         model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-        was_training = model.training
-
-        def loss() -> Tensor:
-            return trainer.loss_of(inputs, state, model)
-
+        was_training, loss = model.training, partial(trainer.loss_of, inputs, state, model)
         model.eval()
         try:
             with torch.no_grad():
@@ -165,13 +161,11 @@ class Diagnostics(Component):
             model.train(was_training)
         losses = torch.stack([at_x.detach().float(), at_y.detach().float()])
         means = trainer.accelerator.reduce(losses, "mean").tolist()
-        return {"loss_at_x": means[0], "loss_at_y": means[1]}
+        return dict(zip(("loss_at_x", "loss_at_y"), means, strict=True))
 
     def state(self) -> RankState:
-        """The gradient noise scale."""
         return RankState(facts={"noise_scale": self._noise_scale.state()})
 
     def load(self, state: RankState) -> None:
-        """The inverse of `state`."""
         if "noise_scale" in state.facts:
             self._noise_scale.load_state(state.facts["noise_scale"])

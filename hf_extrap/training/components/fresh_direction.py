@@ -98,7 +98,6 @@ class FreshDirection(Component):
         return RankState({"step_batches": batches, "step_states": self._states})
 
     def load(self, state: RankState) -> None:
-        """The inverse of `state`."""
         device = self.trainer.args.device
         batches: dict[int, Inputs] = {}
         for key, value in state.tensors.get("step_batches", {}).items():

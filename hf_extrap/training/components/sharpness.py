@@ -45,7 +45,6 @@ class Sharpness(Component):
         self._measured_at = -1
 
     def before_step(self, batches: Sequence[Inputs]) -> None:
-        """Keep the last micro-batches."""
         if self.recent.maxlen:
             carried = self.trainer.carried
             self.recent.extend((dict(inputs), carried.of(f"worker {i}")) for i, inputs in enumerate(batches))
