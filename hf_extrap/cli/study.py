@@ -14,7 +14,6 @@ ACTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the two actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, purpose in ACTIONS.items():
         own = actions.add_parser(action, help=purpose, description=purpose, allow_abbrev=False)

@@ -29,11 +29,7 @@ ALLOWED_NAMES = "{train,validation,test}.{txt,json,jsonl,parquet}[.gz]"
 
 @dataclass
 class DataArguments:
-    """Fields of every task that name the data, and a model to start from.
-
-    Raises:
-        ValueError: if a limit is less than 1.
-    """
+    """Fields of every task that name the data, and a model to start from."""
 
     dataset: str = described("builtin", "'builtin' or the name of a dataset on the Hub.")
     dataset_config: str | None = described(None, "Configuration of the Hub dataset.")
@@ -68,12 +64,8 @@ def load_splits(
 ) -> DatasetDict:
     """Load the splits train, validation and test, each with the given columns.
 
-    Args:
-        arguments: name the data, and limit its rows.
-        columns: columns that every split must have.
-        builtin: builds the data of `dataset: builtin`.
-        cut_validation: divides train into the remaining rows and validation, for data without a validation split.
-        take: selects that many rows of a longer split; default: the first ones.
+    `builtin` builds the data of `dataset: builtin`, `cut_validation` divides the rows of train for data without a
+    validation split, and `take` selects that many rows of a longer split, by default the first ones.
 
     Raises:
         FileNotFoundError: if `data_dir` or the file of a split is missing, or the Hub dataset cannot be found.
@@ -86,8 +78,14 @@ def load_splits(
     elif arguments.dataset == "builtin":
         splits, origin = builtin(), "the built-in data"
     else:
-        splits = _from_hub(arguments.dataset, arguments.dataset_config)
+        with extra("recipes"):
+            import datasets
         origin = f"dataset {arguments.dataset!r}"
+        try:
+            splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)
+        except (ConnectionError, FileNotFoundError) as error:
+            missing = f"{origin} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
+            raise FileNotFoundError(missing) from error
     if cut_validation is not None and "train" in splits and "validation" not in splits:
         splits["train"], splits["validation"] = cut_validation(splits["train"])
     found = type(splits)()
@@ -132,18 +130,6 @@ def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> Data
             reason = _one_line(error.__cause__ or error)
             raise ValueError(f"{str(path)!r} cannot be read as {reader}: {reason}") from error
     return splits
-
-
-def _from_hub(name: str, config: str | None) -> DatasetDict:
-    with extra("recipes"):
-        import datasets
-
-    try:
-        return datasets.load_dataset(name, config)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"dataset {name!r} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
-        ) from error
 
 
 def load_pretrained(auto: Any, name: str) -> Any:

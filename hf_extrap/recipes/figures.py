@@ -47,13 +47,20 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     panels.append(("Loss", losses, False))
     panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
-    panels = [(name, lines, log) for name, lines, log in panels if any(map(_is_curve, lines.values()))]
+    panels = [panel for panel in panels if any(len(steps) > 1 and any(y) for steps, y in panel[1].values())]
     columns = min(2, max(1, len(panels)))
     count = -(-len(panels) // columns) if panels else 1
     figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
     grid = figure.subplots(count, columns, squeeze=False)
     for axes, (name, lines, logarithmic) in zip(grid.flat, panels, strict=False):
-        _draw_lines(axes, {label: line for label, line in lines.items() if line[0]}, logarithmic)
+        lines = {label: line for label, line in lines.items() if line[0]}
+        for index, (label, (steps, values)) in enumerate(lines.items()):
+            marker = MARKERS[index] if len(steps) <= 25 else None
+            axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
+        finish(axes, logarithmic and all(value > 0 for _, values in lines.values() for value in values))
+        if len(lines) > 1:
+            above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
+            axes.legend(**above, ncols=2, frameon=False, fontsize=8)
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
     for axes in grid.flat[len(panels) :]:
@@ -63,20 +70,6 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return [name for name, _, _ in panels]
-
-
-def _is_curve(line: tuple[list[float], list[float]]) -> bool:
-    return len(line[0]) > 1 and any(line[1])
-
-
-def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]], logarithmic: bool) -> None:
-    for index, (label, (steps, values)) in enumerate(lines.items()):
-        marker = MARKERS[index] if len(steps) <= 25 else None
-        axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
-    positive = all(value > 0 for _, values in lines.values() for value in values)
-    finish(axes, logarithmic and positive)
-    if len(lines) > 1:
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.1)
 
 
 def finish(axes: Axes, logarithmic: bool) -> None:

@@ -42,11 +42,7 @@ def run(
 
     Every process of a distributed launch calls this; the first one writes.
 
-    Args:
-        configuration: the resolved arguments.
-        command: the command line to record; default: that of this process.
-        callbacks: additional callbacks of the Trainer.
-        print_logs: whether a run without a progress bar prints its logs.
+    `command` is recorded, by default that of this process; `print_logs` is for runs without a progress bar.
 
     Returns:
         The content of metrics.json. A run stopped by `abort_factor` has no `eval` and no `test`.

@@ -27,14 +27,9 @@ UNUSED = frozenset(
 
 @dataclass
 class SavedRun:
-    """A Trainer with the saved weights, in float32, and the saved state of the optimizer, if any.
+    """A Trainer with the saved weights, in float32, and the saved state of the optimizer, None without optimizer.pt.
 
-    Attributes:
-        folder: of the weights.
-        configuration: of the run, resolved again in this process.
-        trainer: before training; its `optimizer` is None if the folder has no optimizer.pt.
-        learning_rate: of the optimizer's next step, or None.
-        step: of a checkpoint, otherwise None.
+    `learning_rate` is that of the optimizer's next step, `step` that of a checkpoint, otherwise None.
     """
 
     folder: Path
@@ -56,7 +51,12 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
         FileNotFoundError: if there is no such folder, or no weights in it.
         ValueError: if the weights do not fit the fields, or a field is wrong or missing.
     """
-    _check_weights(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist.")
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        last = RunFolder(folder).last_checkpoint()
+        hint = f"; give its last checkpoint, {last}" if last else ""
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}{hint}.")
     run = next((path for path in (folder, folder.parent) if (path / CONFIGURATION_FILE).is_file()), None)
     if run is not None and config is not None:
         raise ValueError(f"{run / CONFIGURATION_FILE} already says how {folder} was trained; leave out --config.")
@@ -89,16 +89,6 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
         learning_rate=_load_optimizer(trainer, folder / OPTIMIZER_FILE),
         step=int(step) if step.isdigit() else None,
     )
-
-
-def _check_weights(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist.")
-    if any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
-        return
-    last = RunFolder(folder).last_checkpoint()
-    hint = f"; give its last checkpoint, {last}" if last else ""
-    raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}{hint}.")
 
 
 def _load_optimizer(trainer: ExtrapTrainer, path: Path) -> float | None:

@@ -22,6 +22,8 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
     """
     args, config = trainer.args, trainer.extrap_config
     engines = {"the engine is DeepSpeed": trainer.is_deepspeed_enabled, "the engine is FSDP": trainer.is_fsdp_enabled}
+    loss_func = {"compute_loss_func is given": trainer.compute_loss_func is not None}
+    common = {**engines, "fp16 is true": args.fp16, **loss_func}
     if config.direction != "none":
         _check_engine(trainer)
     if args.batch_workers:
@@ -32,11 +34,9 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
                 "carry_state is true": args.carry_state,
                 "there are several processes": args.world_size > 1,
                 "there are several devices": args.n_gpu > 1,
-                **engines,
-                "fp16 is true": args.fp16,
+                **common,
                 "torch_compile is true": args.torch_compile,
                 "gradient_checkpointing is true": bool(args.gradient_checkpointing),
-                "compute_loss_func is given": trainer.compute_loss_func is not None,
             },
             "several virtual workers in one process on one device, in float32 or bf16, without carry_state, "
             "torch_compile, gradient_checkpointing or compute_loss_func; or batch_workers false",
@@ -55,9 +55,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
             {
                 "batch_workers is true": args.batch_workers,
                 f"{accumulation} and extrap_virtual_workers {workers}": args.gradient_accumulation_steps != workers,
-                **engines,
-                "fp16 is true": args.fp16,
-                "compute_loss_func is given": trainer.compute_loss_func is not None,
+                **common,
             },
             "workers that are each a process of DDP or a virtual worker of one micro-batch, one after another, in "
             "float32 or bf16 and with the model's own loss; or local_steps 1",
@@ -67,11 +65,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
 
 
 def check_deepspeed_runs(model: nn.Module) -> None:
-    """Check the prepared model of a run with `deepspeed`.
-
-    Raises:
-        ValueError: accelerate has not wrapped it in a DeepSpeed engine.
-    """
+    """Raise a ValueError unless accelerate has wrapped the model of a run with `deepspeed` in a DeepSpeed engine."""
     if not hasattr(model, "zero_optimization_stage"):
         raise ValueError(
             f"deepspeed is given, but the model is a {type(model).__name__}: accelerate has fallen back to another "

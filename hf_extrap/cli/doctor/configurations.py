@@ -17,14 +17,7 @@ ENGINES = {"NO": "one process", "MULTI_GPU": "DDP", "FSDP": "FSDP", "DEEPSPEED":
 
 @dataclass
 class Verdict:
-    """The result for one configuration.
-
-    Attributes:
-        name: of the file.
-        starts: what it starts, in a few words.
-        obstacles: reasons why this machine cannot run it, one sentence each; empty if it can.
-        notes: what its user should know.
-    """
+    """What the configuration in the file `name` starts, why this machine cannot, in sentences, and what to know."""
 
     name: str
     starts: str = "unknown"

@@ -1,4 +1,4 @@
-"""Labelled images: scikit-learn's digits, stratified splits, and decoded images cached on disk as bytes."""
+"""Labelled images: scikit-learn's digits, stratified splits, and decoded images cached on disk, and augmentation (He et al. 2016)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 from transformers.utils.logging import tqdm
 
 from hf_extrap.recipes.data import cached_folder
@@ -50,10 +52,7 @@ def builtin_digits() -> datasets.DatasetDict:
 
 
 def stratified_cut(rows: datasets.Dataset, size: int, label_column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split off `size` rows at random, always the same ones, with equal shares of every class.
-
-    Returns:
-        The remaining rows and those split off, both in their original order.
+    """The remaining rows and `size` random ones, always the same and with equal shares of every class, all in order.
 
     Raises:
         ValueError: if there are too few rows, or no labels.
@@ -112,12 +111,7 @@ class ImageDataset(Dataset):
 
 def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack single items; a whole batch of an `ImageDataset` is returned unchanged."""
-    if isinstance(batch, dict):
-        return batch
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in batch]),
-        "labels": torch.tensor([row["labels"] for row in batch]),
-    }
+    return batch if isinstance(batch, dict) else default_data_collator(batch)
 
 
 def decode(
@@ -173,3 +167,40 @@ def _decode(split: datasets.Dataset, name: str, image_column: str) -> np.ndarray
         images[index] = image
     assert images is not None  # load_splits refuses empty splits
     return images
+
+
+def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Pad images, (batch, channels, height, width), with zeros and crop each to its size at a random position."""
+    height, width = images.shape[-2:]
+    # (batch, channels, 2 padding + 1, 2 padding + 1, height, width): a view of every crop.
+    crops = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    corner = torch.randint(2 * padding + 1, (2, len(images)), generator=generator, device=images.device)
+    return crops[torch.arange(len(images), device=images.device), :, corner[0], corner[1]]
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip each image, (batch, channels, height, width), horizontally with probability 1/2."""
+    flipped = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop and flip of the `pixel_values` of a training batch.
+
+    Attributes:
+        crop: padding of the random crop in pixels; 0 disables it.
+        flip: whether images are flipped at random.
+    """
+
+    crop: int
+    flip: bool
+
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Return the batch with augmented `pixel_values`; the generator is the only source of randomness."""
+        images = batch["pixel_values"]
+        if self.crop:
+            images = random_crop(images, self.crop, generator)
+        if self.flip:
+            images = random_flip(images, generator)
+        return {**batch, "pixel_values": images}

@@ -25,9 +25,6 @@ class ExtrapResNetConfig(ResNetConfig):
         width: channels of the first stage; the second has twice, the third four times as many.
         image_mean: mean of each channel over the training set, of values in [0, 1].
         image_std: standard deviation of each channel, likewise.
-
-    Raises:
-        ValueError: if a value is not allowed.
     """
 
     model_type = "extrap_resnet"

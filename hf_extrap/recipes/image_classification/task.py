@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
 from hf_extrap.recipes.data import DataArguments, load_pretrained, load_splits
-from hf_extrap.recipes.image_classification.augmentation import Augmentation
 from hf_extrap.recipes.image_classification.images import (
+    Augmentation,
     ImageDataset,
     builtin_digits,
     collate,
@@ -28,11 +28,7 @@ from hf_extrap.training.extras import extra
 
 @dataclass
 class ImageClassificationArguments(DataArguments):
-    """Fields of the task `image_classification`: columns, augmentation, and a new model.
-
-    Raises:
-        ValueError: if a value is not allowed.
-    """
+    """Fields of the task `image_classification`: columns, augmentation, and a new model."""
 
     image_column: str = described("img", "Column of the images.")
     label_column: str = described("label", "Column of the classes, numbered from 0.")

@@ -28,9 +28,6 @@ class ExtrapLstmConfig(PreTrainedConfig):
         dropout: probability of dropping an element of the embeddings, between layers, and of the output.
         initializer_range: embeddings and output weights are drawn uniformly from (-range, range).
         tie_word_embeddings: share the embeddings with the output layer (Press and Wolf 2017).
-
-    Raises:
-        ValueError: if a value is not allowed.
     """
 
     model_type = "extrap_lstm"
@@ -63,26 +60,20 @@ class ExtrapLstmConfig(PreTrainedConfig):
 
 @dataclass
 class ExtrapLstmOutput(ModelOutput):
-    """Hidden states (batch, length, hidden_size), after dropout, and the state after the last token."""
-
-    last_hidden_state: Tensor | None = None
-    cache_params: State | None = None
-
-
-@dataclass
-class ExtrapLstmCausalLMOutput(ModelOutput):
-    """Output of `ExtrapLstmForCausalLM`.
+    """Output of `ExtrapLstmModel`, the hidden states and the state, and of `ExtrapLstmForCausalLM`, all others.
 
     Attributes:
         loss: mean cross entropy in nats over the targets (with labels).
         logits: (batch, length, vocab_size) (without labels).
         token_losses: (batch, length - 1) fp32, detached; 0 where the label is -100 (with labels).
+        last_hidden_state: (batch, length, hidden_size), after dropout.
         cache_params: state after the last token read.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     token_losses: Tensor | None = None
+    last_hidden_state: Tensor | None = None
     cache_params: State | None = None
 
 
@@ -198,7 +189,7 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
-    ) -> ExtrapLstmCausalLMOutput | tuple[Any, ...]:
+    ) -> ExtrapLstmOutput | tuple[Any, ...]:
         """Compute logits, or the loss of the labels.
 
         Args:
@@ -213,8 +204,8 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             ValueError: if labels differ in shape from the input, or have fewer than two positions.
         """
         if labels is not None:
-            given = inputs_embeds if input_ids is None else input_ids
-            shape = labels.shape if given is None else given.shape[:2]
+            tokens = inputs_embeds if input_ids is None else input_ids
+            shape = labels.shape if tokens is None else tokens.shape[:2]
             if labels.shape != shape or shape[1] < 2:
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}; allowed: equal shapes with "
@@ -223,28 +214,15 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             input_ids = None if input_ids is None else input_ids[:, :-1]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
-        read = self.model(input_ids, attention_mask, cache_params, inputs_embeds, use_cache)
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        read = self.model(**given, cache_params=cache_params, use_cache=use_cache)
         loss = logits = token_losses = None
         if labels is None:
             logits = self.lm_head(read.last_hidden_state[:, -logits_to_keep:])
         else:
             loss, token_losses = self.lm_head(read.last_hidden_state, labels[:, 1:])
-        result = ExtrapLstmCausalLMOutput(loss, logits, token_losses, read.cache_params)
+        result = ExtrapLstmOutput(loss, logits, token_losses, cache_params=read.cache_params)
         return result.to_tuple() if return_dict is False else result
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        cache_params: State | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Select the next input of `forward`: the last token if there is a state, otherwise all tokens."""
-        inputs = {"attention_mask": kwargs.get("attention_mask"), "use_cache": kwargs.get("use_cache")}
-        inputs |= {"cache_params": cache_params, "logits_to_keep": kwargs.get("logits_to_keep") or 0}
-        if inputs_embeds is not None and cache_params is None:
-            return {"inputs_embeds": inputs_embeds, **inputs}
-        return {"input_ids": input_ids if cache_params is None else input_ids[:, -1:], **inputs}
 
     def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
         """Select the rows of the state that belong to the surviving beams."""

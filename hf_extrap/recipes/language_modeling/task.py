@@ -36,13 +36,7 @@ LSTM = "extrap_lstm"
 
 @dataclass
 class LanguageModelingArguments(DataArguments):
-    """Fields of the task `language_modeling`.
-
-    The shape fields apply to a new LSTM; other new models take `config_overrides`.
-
-    Raises:
-        ValueError: if a value is not allowed.
-    """
+    """Fields of the task `language_modeling`; new models but the LSTM take `config_overrides`."""
 
     seq_len: int = described(30, "Targets of a chunk: length of backpropagation through time.")
     vocab_size: int | None = described(
@@ -155,8 +149,9 @@ def _build_model(
     arguments: LanguageModelingArguments, config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The pretrained model of `arguments.model`, or a new one of its configuration or of `arguments.model_type`."""
-    name = str(arguments.model)
-    if config is not None and not arguments.from_scratch and _has_weights(name):
+    name, folder = str(arguments.model), Path(str(arguments.model))
+    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if config is not None and not arguments.from_scratch and has_weights:
         if arguments.config_overrides:
             raise ValueError(
                 "`config_overrides` is given with a pretrained `model`; allowed: with `from_scratch` true."
@@ -187,11 +182,6 @@ def _build_model(
     return AutoModelForCausalLM.from_config(config)
 
 
-def _has_weights(name: str) -> bool:
-    folder = Path(name)
-    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
 def _check_order(
     model: PreTrainedModel, arguments: LanguageModelingArguments, training_arguments: TrainingArguments
 ) -> None:
@@ -210,7 +200,7 @@ def _check_order(
         )
     if training_arguments.train_sampling_strategy != "sequential":
         raise ValueError(
-            "`carry_state` needs the chunks of a stream in order: set `train_sampling_strategy` to 'sequential'."
+            "`carry_state` needs a stream's chunks in order: set `train_sampling_strategy` to 'sequential'."
         )
 
 
@@ -218,17 +208,13 @@ def _check_order(
 def set_unigram_bias(head: VocabularyHead, ids: np.ndarray) -> None:
     """Set the output bias to log((count + 1/2) / total), so that training starts from the unigram model."""
     counts = torch.bincount(torch.from_numpy(ids[1:].astype(np.int64)), minlength=head.out_features).float() + 0.5
-    with _gathered(head.bias):
+    gathered: AbstractContextManager[Any] = nullcontext()
+    if hasattr(head.bias, "ds_id"):  # ZeRO-3 has partitioned it
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters([head.bias], modifier_rank=0)
+    with gathered:
         head.bias.copy_((counts / counts.sum()).log())
-
-
-def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """Gather a parameter that ZeRO-3 has partitioned, to write it."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def sum_token_losses(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -128,4 +128,4 @@ def _differentiable_gradients(
     logits = F.linear(hidden, w, bias.to(hidden.dtype))
     errors = torch.softmax(logits, 1) - F.one_hot(targets.clamp(min=0), len(weight))
     errors = errors * (counted.unsqueeze(1) * scale).to(hidden.dtype)
-    return (errors @ w, (errors.t() @ hidden).to(weight.dtype), None if bias is None else errors.sum(0).to(bias.dtype))
+    return errors @ w, (errors.t() @ hidden).to(weight.dtype), errors.sum(0).to(bias.dtype)

@@ -24,13 +24,8 @@ class TranslationMetrics:
     """`compute_metrics` of a `Seq2SeqTrainer` with `predict_with_generate`: BLEU and chrF of the decoded text.
 
     Corpus BLEU (Papineni et al., 2002) and chrF (Popović, 2015) of detokenized, cased text, with sacreBLEU's defaults
-    (Post, 2018).
-
-    Rows without labels are fillers (see `FullBatches`) and are left out.
-
-    Args:
-        tokenizer: decodes predictions and labels.
-        references: reference texts by their label ids; other labels are decoded.
+    (Post, 2018). Rows without labels are fillers (see `FullBatches`) and are left out. `references` has reference texts
+    by their label ids; other labels are decoded.
     """
 
     def __init__(

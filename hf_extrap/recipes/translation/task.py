@@ -38,11 +38,7 @@ LONGEST_REFERENCE = 1024
 
 @dataclass
 class TranslationArguments(DataArguments):
-    """Fields of the task `translation`: languages, batches, generation, and a new model.
-
-    Raises:
-        ValueError: if a value is not allowed.
-    """
+    """Fields of the task `translation`: languages, batches, generation, and a new model."""
 
     source_lang: str = described("en", "Key of the source sentences in the data.")
     target_lang: str = described("de", "Key of the target sentences in the data.")
@@ -236,26 +232,21 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
     if arguments.model is not None:
         model = load_pretrained(AutoModelForSeq2SeqLM, arguments.model)
     else:
+        names = "d_model encoder_layers decoder_layers dropout attention_dropout activation_dropout".split()
+        shape = {name: getattr(arguments, name) for name in names}
         model = MarianMTModel(
             MarianConfig(
                 vocab_size=len(tokenizer),
-                d_model=arguments.d_model,
-                encoder_layers=arguments.encoder_layers,
-                decoder_layers=arguments.decoder_layers,
+                **shape,
                 encoder_attention_heads=arguments.attention_heads,
                 decoder_attention_heads=arguments.attention_heads,
                 encoder_ffn_dim=arguments.ffn_dim,
                 decoder_ffn_dim=arguments.ffn_dim,
-                dropout=arguments.dropout,
-                attention_dropout=arguments.attention_dropout,
-                activation_dropout=arguments.activation_dropout,
                 activation_function="relu",
                 scale_embedding=True,
                 init_std=0.02,
                 max_position_embeddings=max(LONGEST_REFERENCE, arguments.max_length),
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
                 forced_eos_token_id=tokenizer.eos_token_id,
                 decoder_start_token_id=tokenizer.bos_token_id,
             )

@@ -30,10 +30,7 @@ class TokenBatches(Dataset):
     and resuming in the middle of an epoch work as with any other dataset. Use it with
     `per_device_train_batch_size=1` and an `UnwrappingCollator`, which caches the tensors of every batch.
 
-    Args:
-        examples: rows with `input_ids` and `labels`.
-        batch_tokens: limit of number of examples × longest source, and of number of examples × longest target.
-        seed: of the shuffle.
+    `batch_tokens` limits number of examples × longest source, and number of examples × longest target, of a batch.
 
     Raises:
         ValueError: if there is no example, or one longer than `batch_tokens`.
