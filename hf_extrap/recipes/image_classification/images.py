@@ -1,4 +1,4 @@
-"""Labelled images: scikit-learn's digits, stratified splits, and decoded images cached on disk, and augmentation (He et al. 2016)."""
+"""Labelled images: the digits of scikit-learn, stratified splits, decoded images cached on disk, and augmentation."""
 
 from __future__ import annotations
 
