@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_extrap.recipes.task import spoken
 from hf_extrap.training.extras import extra
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # The palette of Okabe and Ito, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,6 +38,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     """
     with extra("recipes"):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
     losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
@@ -57,7 +55,16 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
         for index, (label, (steps, values)) in enumerate(lines.items()):
             marker = MARKERS[index] if len(steps) <= 25 else None
             axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
-        finish(axes, logarithmic and all(value > 0 for _, values in lines.values() for value in values))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=9)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if logarithmic and all(value > 0 for _, values in lines.values() for value in values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         if len(lines) > 1:
             above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
             axes.legend(**above, ncols=2, frameon=False, fontsize=8)
@@ -70,19 +77,3 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return [name for name, _, _ in panels]
-
-
-def finish(axes: Axes, logarithmic: bool) -> None:
-    """Set frame, grid and ticks of a panel over steps."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
-    axes.tick_params(labelsize=9)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axes.yaxis.set_minor_locator(NullLocator())

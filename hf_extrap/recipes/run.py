@@ -25,7 +25,7 @@ from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, vers
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
 from hf_extrap.training.checkpoints import check_checkpoint_matches
-from hf_extrap.training.extras import require
+from hf_extrap.training.extras import extra
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
 
@@ -55,7 +55,8 @@ def run(
     """
     arguments = configuration.training_arguments
     if configuration.run.save_model:
-        require("recipes", "matplotlib")  # for the curves, at the end
+        with extra("recipes"):
+            import matplotlib  # noqa: F401  (for the curves, at the end)
     folder = RunFolder(Path(str(arguments.output_dir)))
     checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=checkpoint is not None)

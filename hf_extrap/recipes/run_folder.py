@@ -117,12 +117,7 @@ def different_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a JSON object.
-    """
+    """Read a JSON object; FileNotFoundError if there is no such file, ValueError if it is not a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:

@@ -40,12 +40,10 @@ class SavedRun:
 
 
 def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None = None) -> SavedRun:
-    """Rebuild a run from its saved weights.
+    """Rebuild a run from the folder of a run, of a checkpoint in it, or of any saved model.
 
-    Args:
-        folder: of a run, of a checkpoint in it, or of any saved model.
-        words: `--field value …`, which take precedence over the run's fields.
-        config: YAML file with the fields, for a saved model without run.json.
+    `words`, `--field value …`, take precedence over the run's fields; `config` is a YAML file with the fields, for a
+    saved model without run.json.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no weights in it.

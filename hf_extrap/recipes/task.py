@@ -53,7 +53,12 @@ class Task(Protocol):
         ...
 
     def prepare(self, arguments: Any, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and encode the data (main process first), and build model, collator and metrics."""
+        """Load and encode the data (main process first), and build model, collator and metrics.
+
+        Raises:
+            FileNotFoundError: if data or model is missing.
+            ValueError: if data, model and training arguments cannot be used, or not together.
+        """
         ...
 
 

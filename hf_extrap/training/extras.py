@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 #: Modules whose distributions have other names.
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
@@ -24,14 +23,3 @@ def extra(name: str) -> Iterator[None]:
         install = f"pip install '.[{name}]' in the checkout, or pip install {package}"
         message = f"{error.name} is not installed; it is part of the extra {name}: {install}."
         raise ModuleNotFoundError(message, name=error.name) from error
-
-
-def require(name: str, module: str) -> None:
-    """Check, without importing it, that a module of the extra `name` is installed.
-
-    Raises:
-        ModuleNotFoundError: in one sentence, if it is not.
-    """
-    with extra(name):
-        if find_spec(module) is None:
-            raise ModuleNotFoundError(name=module)

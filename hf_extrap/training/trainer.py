@@ -89,8 +89,6 @@ class ExtrapTrainerMixin(TrainerBase):
         first: list[Component] = [self.local_sgd, self.carried, self._batch_norm, self.sharpness]
         self._components = [*first, self._fresh, Diagnostics(self), Directions(self), self._running_loss]
 
-    # What components use
-
     @property
     def extrapolated(self) -> Extrapolated | None:
         """The wrapper, wherever accelerate has put it; None before `create_optimizer`."""
@@ -127,8 +125,6 @@ class ExtrapTrainerMixin(TrainerBase):
         else:
             self.accelerator.backward(loss)
 
-    # Optimizer and schedule
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The base optimizer, its learning rate scaled to the batch, inside `Extrapolated`."""
         ours, args = self.optimizer is None, self.args
@@ -163,8 +159,6 @@ class ExtrapTrainerMixin(TrainerBase):
             self.lr_scheduler = LambdaLR(optimizer or cast(torch.optim.Optimizer, self.optimizer), rate)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    # The loop
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The stock training, also after an evaluation.
@@ -266,8 +260,6 @@ class ExtrapTrainerMixin(TrainerBase):
         self.carried.keep(slot, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    # Evaluations, logs and saving
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The stock evaluation, at x; what components measure there is logged beside it."""
         for component in self._components:
@@ -292,8 +284,6 @@ class ExtrapTrainerMixin(TrainerBase):
         for component in self._components:
             component.before_save(is_checkpoint=_internal_call)
         super().save_model(output_dir, _internal_call)
-
-    # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.local_sgd.average()

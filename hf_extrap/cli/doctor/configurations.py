@@ -35,11 +35,8 @@ def judge(path: str | Path, machine: Machine) -> Verdict:
     """Whether this machine can run the configuration in a file; the fields tell whose it is.
 
     Accelerate's loader and this package's argument classes check their own fields. Checked here: what the machine
-    lacks, what starts something else without an error, and what DeepSpeed refuses after the start.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file does not hold a mapping.
+    lacks, what starts something else without an error, and what DeepSpeed refuses after the start. FileNotFoundError
+    if there is no such file, ValueError if it does not hold a mapping.
     """
     path = Path(path)
     verdict, fields = Verdict(path.name), read_mapping(path)

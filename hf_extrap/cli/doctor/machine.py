@@ -31,14 +31,7 @@ LAUNCH_VARIABLES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides whether a launch configuration can run.
-
-    Attributes:
-        gpus: number of CUDA devices that this process sees.
-        backends: those of torch.distributed that are available: gloo, nccl.
-        no_deepspeed: why DeepSpeed cannot run here; None if it can.
-        environment: the `LAUNCH_VARIABLES` that are set.
-    """
+    """Visible CUDA devices, backends of torch.distributed, why DeepSpeed cannot run, and `LAUNCH_VARIABLES` set."""
 
     gpus: int = 0
     backends: frozenset[str] = frozenset({"gloo"})

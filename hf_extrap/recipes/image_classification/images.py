@@ -186,12 +186,7 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop and flip of the `pixel_values` of a training batch.
-
-    Attributes:
-        crop: padding of the random crop in pixels; 0 disables it.
-        flip: whether images are flipped at random.
-    """
+    """Random crop, with that padding in pixels or 0 for none, and random flip of a batch's `pixel_values`."""
 
     crop: int
     flip: bool

@@ -88,12 +88,7 @@ class ImageClassificationTask:
         }
 
     def prepare(self, arguments: ImageClassificationArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and decode the images (main process first), and build the model.
-
-        Raises:
-            FileNotFoundError: if data or model is missing.
-            ValueError: if the data or the model cannot be used.
-        """
+        """Load and decode the images (main process first), and build the model."""
         with extra("recipes"):
             from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 

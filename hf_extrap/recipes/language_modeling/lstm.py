@@ -193,9 +193,7 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         """Compute logits, or the loss of the labels.
 
         Args:
-            input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
-            attention_mask: (batch, length or more), 0 for padding.
-            cache_params: initial state; default: zeros.
+            input_ids, attention_mask, cache_params, inputs_embeds: see `ExtrapLstmModel.forward`.
             labels: (batch, length) int64, position i is predicted from the tokens before it; -100 and the first
                 position are ignored.
             logits_to_keep: number of last positions to compute logits of; 0 for all.

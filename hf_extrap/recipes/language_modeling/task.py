@@ -79,12 +79,7 @@ class LanguageModelingTask:
         }
 
     def prepare(self, arguments: LanguageModelingArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and tokenize the text (main process first), and build the model, streams and metric.
-
-        Raises:
-            FileNotFoundError: if data or model is missing.
-            ValueError: if data, model and training arguments do not fit together.
-        """
+        """Load and tokenize the text (main process first), and build the model, streams and metric."""
         config, tokenizer = _load_config(arguments.model) if arguments.model is not None else (None, None)
         with training_arguments.main_process_first(desc="text data"):
             splits = load_splits(arguments, columns=("text",), builtin=builtin_text)

@@ -83,10 +83,9 @@ class TranslationTask:
     seq2seq: ClassVar[bool] = True
 
     def training_defaults(self) -> dict[str, Any]:
-        """Return defaults for batches counted in tokens and for BLEU.
+        """Return defaults for batches counted in tokens and for BLEU; with `predict_with_generate` false, for the loss.
 
-        With `predict_with_generate: false` the leading metric is the loss. Evaluations during training decode greedily
-        (`generation_num_beams=1`); the final one uses `num_beams`.
+        Evaluations during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
         """
         return {
             "predict_with_generate": True,
@@ -99,12 +98,7 @@ class TranslationTask:
         }
 
     def prepare(self, arguments: TranslationArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and encode the pairs (main process first), and build model, collator and metrics.
-
-        Raises:
-            FileNotFoundError: if data or model is missing.
-            ValueError: if the data cannot be used, or the batch size is not 1.
-        """
+        """Load and encode the pairs (main process first), and build model, collator and metrics."""
         generates = getattr(training_arguments, "predict_with_generate", False)
         if generates:
             from hf_extrap.recipes.translation.bleu import TranslationMetrics, bleu_signature
