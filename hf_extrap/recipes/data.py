@@ -133,11 +133,7 @@ def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> Data
 
 
 def load_pretrained(auto: Any, name: str) -> Any:
-    """Load a model or a tokenizer by its Auto class.
-
-    Raises:
-        FileNotFoundError: if `name` is neither a folder with one nor found on the Hub.
-    """
+    """Load a model or a tokenizer by its Auto class; FileNotFoundError if it is not found."""
     try:
         return auto.from_pretrained(name)
     except OSError as error:

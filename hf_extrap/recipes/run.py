@@ -152,16 +152,9 @@ def run(
 def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
     """Return the Trainer of a configuration and its prepared task."""
     trainer_class = ExtrapSeq2SeqTrainer if configuration.task.seq2seq else ExtrapTrainer
-    trainer = trainer_class(
-        model=prepared.model,
-        args=configuration.training_arguments,
-        train_dataset=prepared.train_dataset,
-        eval_dataset=prepared.eval_dataset,
-        data_collator=prepared.data_collator,
-        processing_class=prepared.processing_class,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
-    )
+    names = "model train_dataset eval_dataset data_collator processing_class compute_metrics".split()
+    given = {name: getattr(prepared, name) for name in (*names, "preprocess_logits_for_metrics")}
+    trainer = trainer_class(args=configuration.training_arguments, **given)
     trainer.batch_size_unit = prepared.batch_size_unit
     trainer.augment = prepared.augment
     if not trainer.args.disable_tqdm:

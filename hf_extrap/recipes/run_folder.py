@@ -56,11 +56,9 @@ class RunFolder:
         return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
     def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
-        """Check that a run with these resolved fields may write to the folder.
+        """Raise a ValueError unless a run with these resolved fields may write to the folder.
 
-        Raises:
-            ValueError: if the folder holds other files, another run, a finished run, or, without `resume`, checkpoints
-                of this run, which would be overwritten.
+        It may not if the folder has other files, another or a finished run, or, without `resume`, checkpoints.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; allowed: a folder.")

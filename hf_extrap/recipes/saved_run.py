@@ -80,13 +80,8 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     prepared.model.float().load_state_dict(weights)
     trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
     step = folder.name.removeprefix("checkpoint-")
-    return SavedRun(
-        folder=folder,
-        configuration=configuration,
-        trainer=trainer,
-        learning_rate=_load_optimizer(trainer, folder / OPTIMIZER_FILE),
-        step=int(step) if step.isdigit() else None,
-    )
+    rate = _load_optimizer(trainer, folder / OPTIMIZER_FILE)
+    return SavedRun(folder, configuration, trainer, rate, int(step) if step.isdigit() else None)
 
 
 def _load_optimizer(trainer: ExtrapTrainer, path: Path) -> float | None:

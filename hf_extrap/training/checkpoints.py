@@ -24,12 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass
 class RankState:
-    """What one process keeps for itself in a checkpoint.
-
-    Attributes:
-        tensors: by group and name.
-        facts: values that JSON can hold.
-    """
+    """What one process keeps for itself in a checkpoint: tensors by group and name, and values that JSON can hold."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)

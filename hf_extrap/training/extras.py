@@ -11,11 +11,7 @@ PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Context of imports that the extra `name` of this package installs.
-
-    Raises:
-        ModuleNotFoundError: in one sentence, if a module is not installed.
-    """
+    """Context of imports of the extra `name`; ModuleNotFoundError, in one sentence, if a module is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

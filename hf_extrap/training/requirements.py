@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_requirements(trainer: ExtrapTrainerMixin) -> None:
-    """Check a Trainer before anything is built on it.
-
-    Raises:
-        ValueError: naming the field, what it cannot be combined with, and what is allowed.
-    """
+    """Raise a ValueError that names a field, what it cannot be combined with, and what is allowed."""
     args, config = trainer.args, trainer.extrap_config
     engines = {"the engine is DeepSpeed": trainer.is_deepspeed_enabled, "the engine is FSDP": trainer.is_fsdp_enabled}
     loss_func = {"compute_loss_func is given": trainer.compute_loss_func is not None}

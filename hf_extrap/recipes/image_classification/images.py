@@ -54,8 +54,7 @@ def builtin_digits() -> datasets.DatasetDict:
 def stratified_cut(rows: datasets.Dataset, size: int, label_column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The remaining rows and `size` random ones, always the same and with equal shares of every class, all in order.
 
-    Raises:
-        ValueError: if there are too few rows, or no labels.
+    ValueError if there are too few rows, or no labels.
     """
     with extra("recipes"):
         from sklearn.model_selection import train_test_split
@@ -78,12 +77,7 @@ def random_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
 
 @dataclass
 class ImageDataset(Dataset):
-    """Images in memory or mapped from disk.
-
-    Attributes:
-        images: (images, 3, height, width) uint8.
-        labels: (images,) int64.
-    """
+    """Images, (images, 3, height, width) uint8, in memory or mapped from disk, and labels, (images,) int64."""
 
     images: np.ndarray
     labels: np.ndarray

@@ -145,11 +145,7 @@ def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_names(train: datasets.Dataset, images: dict[str, ImageDataset], label_column: str) -> list[str]:
-    """Names of the classes by number; the numbers themselves if the data has no names.
-
-    Raises:
-        ValueError: if a split has a class that train has not.
-    """
+    """Names of the classes, by default their numbers; ValueError if a split has a class that train has not."""
     count = int(images["train"].labels.max()) + 1
     names = list(getattr(train.features[label_column], "names", None) or map(str, range(count)))
     for name, part in images.items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -163,12 +164,9 @@ def _build_model(
         shape = {field: getattr(arguments, field) for field in fields}
         config = AutoConfig.for_model(LSTM, embedding_size=arguments.embedding_size or arguments.hidden_size, **shape)
     elif config is None:
-        try:
-            config = AutoConfig.for_model(arguments.model_type)
-        except ValueError as error:
-            raise ValueError(
-                f"`model_type` is {arguments.model_type!r}; allowed: {LSTM!r}, or a type of AutoConfig, such as 'gpt2'."
-            ) from error
+        known = arguments.model_type in CONFIG_MAPPING
+        check_fields(arguments, model_type=(known, f"{LSTM!r}, or a type of AutoConfig, such as 'gpt2'"))
+        config = AutoConfig.for_model(arguments.model_type)
     if arguments.config_overrides:
         config.update_from_string(arguments.config_overrides)
     config.vocab_size = len(tokenizer)
@@ -182,10 +180,8 @@ def _check_order(
 ) -> None:
     """Refuse chunks that the model cannot read, and a recurrent state that is carried to the wrong chunk."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and arguments.seq_len + 1 > limit:
-        raise ValueError(
-            f"`seq_len` is {arguments.seq_len}; allowed: at most {limit - 1}, by the positions of the model."
-        )
+    fits = limit is None or arguments.seq_len + 1 <= limit
+    check_fields(arguments, seq_len=(fits, f"at most {(limit or 0) - 1}, by the positions of the model"))
     if not getattr(training_arguments, "carry_state", False):
         return
     if model.config.model_type != LSTM:

@@ -21,10 +21,7 @@ EVALUATION = "evaluation"
 class CarriedState(Component):
     """The recurrent states `cache_params` of each slot, detached: (layers, batch, hidden) each.
 
-    A slot is a virtual worker of this process, or the evaluation.
-
-    Attributes:
-        worker: the virtual worker whose pass is next.
+    A slot is a virtual worker of this process, or the evaluation; `worker` is the one whose pass is next.
     """
 
     worker = 0
