@@ -12,12 +12,8 @@ class DivergenceStopper(TrainerCallback):
     """Ends training when the logged loss is not finite, or far above the first one once the warm-up is over.
 
     The reference is the first logged loss: one after the warm-up may be that of a run that diverged during it. All
-    processes log the same mean, so that all stop.
-
-    Attributes:
-        factor: multiple of the first logged loss that ends training; None: only losses that are not finite do.
-        first_loss: the first logged loss.
-        step: the step at which training was ended, or None.
+    processes log the same mean, so that all stop. Without `factor`, the multiple of the first loss that ends training,
+    only losses that are not finite do; `step` is the step at which training was ended, or None.
     """
 
     def __init__(self, factor: float | None) -> None:

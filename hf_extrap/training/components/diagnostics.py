@@ -31,12 +31,9 @@ class GradientNoiseScale:
     """The batch size, in the units of `small_batch`, up to which a larger batch still pays: B = tr(Σ) / ‖G‖².
 
     Gradients at two batch sizes give unbiased estimates of both parts; each is smoothed over the measurements, since
-    their quotient is biased.
+    their quotient is biased, with the weight `smoothing` of the past.
 
     Source: McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1.
-
-    Attributes:
-        smoothing: weight of the past in the moving averages.
     """
 
     smoothing: float = 0.9

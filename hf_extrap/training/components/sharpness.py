@@ -33,10 +33,8 @@ class Sharpness(Component):
     """Logs `extrap/sharpness`, λ_max(H), and for Adam-like bases `extrap/preconditioned_sharpness`, λ_max(P^½ H P^½).
 
     H is the Hessian, at x, of the mean loss of the last `sharpness_batches` training micro-batches of every process,
-    without dropout and with BatchNorm's statistics of each batch. A measurement does not change the training.
-
-    Attributes:
-        recent: those micro-batches, each with the recurrent state that its worker begins with.
+    without dropout and with BatchNorm's statistics of each batch. A measurement does not change the training. `recent`
+    holds those micro-batches, each with the recurrent state that its worker begins with.
     """
 
     def __init__(self, trainer: Any) -> None:
