@@ -77,9 +77,12 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _of_library(name: str, torch_names: list[str]) -> type[torch.optim.Optimizer]:
-    with extra("optimizers"):
-        import pytorch_optimizer
-
+    try:
+        with extra("optimizers"):
+            import pytorch_optimizer
+    except ModuleNotFoundError as error:
+        message = f"base_optimizer {name!r} is not of torch.optim, and {error}"
+        raise ModuleNotFoundError(message, name=error.name) from None
     names = pytorch_optimizer.get_supported_optimizers()
     if name.lower() not in names:
         close = difflib.get_close_matches(name.lower(), [*names, *torch_names], n=5)

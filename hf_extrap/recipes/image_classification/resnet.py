@@ -105,14 +105,11 @@ class ExtrapResNetForImageClassification(ResNetForImageClassification):
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Classify images.
+        """Classify images; ValueError if `pixel_values` is missing or has another shape.
 
         Args:
             pixel_values: (batch, channels, height, width), uint8, or floats that are already normalized.
             labels: (batch,), for the loss, the mean cross entropy in nats.
-
-        Raises:
-            ValueError: if `pixel_values` is missing or has another shape.
         """
         channels = self.config.num_channels
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:

@@ -223,6 +223,5 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
-        """Select the rows of the state that belong to the surviving beams."""
         h, c = (part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
         return h, c
