@@ -139,8 +139,9 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
 def make_parser(task: Task) -> HfArgumentParser:
     """Return the parser of all fields of a run of this task."""
     training = ExtrapSeq2SeqTrainingArguments if task.seq2seq else ExtrapTrainingArguments
+    kinds: list[Any] = [RunArguments, task.arguments_class, training]
     return _Parser(
-        [RunArguments, task.arguments_class, training],  # type: ignore[arg-type]
+        kinds,
         prog="hf-extrap train [CONFIG.yaml]",
         allow_abbrev=False,
         description=f"Train the task {task.name}; fields in a CONFIG.yaml have the same names.",

@@ -66,7 +66,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             axes.yaxis.set_minor_locator(NullLocator())
         if len(lines) > 1:
-            above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
+            above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
             axes.legend(**above, ncols=2, frameon=False, fontsize=8)
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
