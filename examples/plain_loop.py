@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 examples/plain_loop.py
 from __future__ import annotations
 
 import argparse
+from itertools import chain, repeat
 from pydoc_data.topics import topics
 
 import torch
@@ -51,7 +52,7 @@ def main() -> None:
     extrapolated = optimizer.optimizer  # inside Accelerate's wrapper
 
     first = last = float("nan")
-    for step, (inputs, targets) in enumerate(repeat(loader, arguments.steps)):
+    for step, (inputs, targets) in zip(range(arguments.steps), chain.from_iterable(repeat(loader)), strict=False):
         if extrapolated.wants_probe:
             with extrapolated.probing():
                 accelerator.backward(nn.functional.cross_entropy(model(inputs), targets))
@@ -65,17 +66,6 @@ def main() -> None:
     accelerator.print(f"loss at y, step 1: {first:.3f}, step {arguments.steps}: {last:.3f}")
     let_gloo_finish()
     accelerator.end_training()
-
-
-def repeat(loader: DataLoader, steps: int):
-    """Yield `steps` batches over as many epochs as needed."""
-    done = 0
-    while done < steps:
-        for batch in loader:
-            yield batch
-            done += 1
-            if done == steps:
-                return
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.state import GradientState
 
 Launch = Callable[..., str]
 
@@ -23,6 +24,8 @@ def run_here(
     """Runs an example in this process, which has the libraries already; the numbers in its last line."""
 
     def run(name: str, *words: str) -> list[float]:
+        # Other tests of this process may have left a step of gradient accumulation unfinished.
+        GradientState._reset_state()
         monkeypatch.setattr("sys.argv", [name, *words])
         runpy.run_path(str(repository / "examples" / name), run_name="__main__")
         return numbers(capsys.readouterr().out.splitlines()[-1])

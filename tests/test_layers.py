@@ -150,7 +150,7 @@ def test_the_library_needs_only_its_requirements(tmp_path: Path) -> None:
     words = ["--output_dir", str(tmp_path / "run")]
     code = f"""
 import importlib.util
-for name in "babel datasets deepspeed evaluate matplotlib optuna pandas PIL sacrebleu scipy sklearn".split():
+for name in "babel datasets deepspeed matplotlib optuna pandas PIL sacrebleu scipy sklearn".split():
     assert importlib.util.find_spec(name) is None, name
 from transformers import GPT2Config, GPT2LMHeadModel
 from hf_extrap import ExtrapTrainer, ExtrapTrainingArguments
@@ -172,7 +172,8 @@ for start in (lambda: task.prepare(task.arguments_class(), arguments), lambda: r
         print(error)
 """
     done = run_with_only(REQUIRED, code)
-    sentence = "{} is not installed; it is part of an extra: pip install 'hf_extrap[recipes]'."
+    sentence = "{0} is not installed; it is part of the extra recipes: pip install '.[recipes]' in the checkout, or "
+    sentence += "pip install {0}."
     found = done.stdout.splitlines()[-2:]
     assert found == [sentence.format(name) for name in ("datasets", "matplotlib")], done.stdout + done.stderr
 

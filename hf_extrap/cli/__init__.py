@@ -23,15 +23,10 @@ WITH_FIELDS = ("train", "compare", "sharpness")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the program.
+    """Run the program with these words, by default those of the command line, and return its exit code.
 
-    Args:
-        words: command-line words; default: those of this process.
-
-    Returns:
-        The exit code: 0 for success; 2 for an error of the input or the file system, printed as one sentence on
-        stderr; `study run` returns 1 if a run failed and 130 after Ctrl-C; `doctor` returns 1 if a given configuration
-        cannot run here.
+    It is 0 for success; 2 for an error of the input or the file system, printed as one sentence on stderr; for `study
+    run` 1 if a run failed and 130 after Ctrl-C; for `doctor` 1 if a given configuration cannot run here.
     """
     words = list(sys.argv[1:] if words is None else words)
     command = shlex.join(["hf-extrap", *words])

@@ -14,7 +14,6 @@ PARSER = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a benchmark."""
     parser.add_argument("--part", help="cpu or gpu: the workloads for it; default: by the device")
     parser.add_argument("--workloads", help="names, separated by commas, instead of a part")
     parser.add_argument("--methods", help="names, separated by semicolons; default: all")

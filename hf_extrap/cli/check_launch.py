@@ -12,7 +12,6 @@ PARSER = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the configurations and the output format."""
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="of accelerate, DeepSpeed or training")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

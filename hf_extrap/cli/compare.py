@@ -14,7 +14,6 @@ PARSER = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a comparison."""
     parser.add_argument("--presets", default="none,extrap,extrap-past", help="presets, separated by commas")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
     parser.add_argument("--learning_rates", help="separated by commas; default: the configuration's")

@@ -16,7 +16,6 @@ OPTIONS = ("config", "batches", "split", "differentiation", "batch_norm", "toler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a measurement."""
     parser.add_argument("--config", help="fields of a saved model without run.json")
     parser.add_argument("--batches", type=int, default=4, help="batches that the loss is averaged over")
     parser.add_argument("--split", default="train", help="train or validation")

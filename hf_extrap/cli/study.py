@@ -14,7 +14,6 @@ ACTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the two actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for action, purpose in ACTIONS.items():
         own = actions.add_parser(action, help=purpose, description=purpose, allow_abbrev=False)
@@ -27,13 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
     """Run the action."""
-    if known.action == "report":
-        with importing():
-            from hf_extrap.lab.study.report import report_study
-
-        report_study(known.study, known.output_dir, command)
-        return 0
     with importing():
-        from hf_extrap.lab.study.runner import run_study
+        if known.action == "run":
+            from hf_extrap.lab.study.runner import run_study
 
-    return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
+            return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
+        from hf_extrap.lab.study.report import report_study
+    report_study(known.study, known.output_dir, command)
+    return 0

@@ -9,7 +9,7 @@ import os
 import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes import TASKS, get_task
 from hf_extrap.recipes.task import Task
-from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments
+from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments, described
 
 PROGRAM_DEFAULTS: dict[str, Any] = {
     # The history must contain a NaN loss; the stock filter repeats the last finite one.
@@ -49,23 +49,14 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class RunArguments:
-    """Fields of the run itself.
+    """Fields of the run itself; `evaluate_untrained` is ignored with DeepSpeed and FSDP, and by tasks that generate."""
 
-    Parameters that control the run:
-        task: name of a task in `hf_extrap.recipes.TASKS`.
-        evaluate_untrained: evaluate once before the first step. Ignored by tasks that generate text, since an untrained
-            model generates up to the length limit, and with DeepSpeed and FSDP, which own the weights only in training.
-        abort_factor: stop training if the loss is not finite, or exceeds the first logged loss by this factor after the
-            warm-up; None disables it.
-        save_model: write the trained model, its card and its curves besides the numbers.
-    """
-
-    task: str = field(default="language_modeling", metadata={"help": f"What to train: {', '.join(TASKS)}."})
-    evaluate_untrained: bool = field(default=True, metadata={"help": "Evaluate once before the first step."})
-    abort_factor: float | None = field(
-        default=None, metadata={"help": "Stop at a loss that is not finite, or this many times the first one."}
+    task: str = described("language_modeling", f"What to train: {', '.join(TASKS)}.")
+    evaluate_untrained: bool = described(True, "Evaluate once before the first step.")
+    abort_factor: float | None = described(
+        None, "Stop at a loss that is not finite, or after the warm-up this many times the first one; null: never."
     )
-    save_model: bool = field(default=True, metadata={"help": "Write the trained model, its card and its curves."})
+    save_model: bool = described(True, "Write the trained model, its card and its curves.")
 
     def __post_init__(self) -> None:
         if self.abort_factor is not None and not self.abort_factor > 1:
@@ -76,12 +67,7 @@ class RunArguments:
 class Configuration:
     """The resolved arguments of one run.
 
-    Attributes:
-        run: the fields of the run itself.
-        task: the task it names.
-        task_arguments: an instance of `task.arguments_class`.
-        training_arguments: the arguments of the Trainer.
-        given: every field set by the task's defaults, the YAML file or the command line, with its parsed value.
+    `given` has every field set by the task's defaults, the YAML file or the command line, with its parsed value.
     """
 
     run: RunArguments
@@ -117,10 +103,9 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
     mapping = read_mapping(config) if config is not None else {}
     task = get_task(task_name(mapping, words))
     parser = make_parser(task)
-    known = field_names(parser)
-    for name in mapping:
-        if name not in known:
-            raise ValueError(f"{config}: unknown field {name!r}{_closest(name, known)}.")
+    known = [f.name for kind in parser.dataclass_types for f in dataclasses.fields(kind) if f.init]
+    for name in [name for name in mapping if name not in known][:1]:
+        raise ValueError(f"{config}: unknown field {name!r}{_closest(name, known)}.")
     optimizer = {name: value for name in OPTIMIZERS if (value := _word_value(words, name)) is not None}
     mapping = _without_other_optimizer(_without_other_preset(mapping, words), optimizer)
     defaults = {**PROGRAM_DEFAULTS, **task.training_defaults()}
@@ -163,18 +148,8 @@ def make_parser(task: Task) -> HfArgumentParser:
     )
 
 
-def field_names(parser: HfArgumentParser) -> list[str]:
-    """Names of all fields of a parser."""
-    return [f.name for kind in parser.dataclass_types for f in dataclasses.fields(kind) if f.init]
-
-
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not YAML, or not a mapping of names.
-    """
+    """Read a YAML file; FileNotFoundError if there is none, ValueError if it is not YAML, or not a mapping of names."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"configuration {path} does not exist.")
@@ -212,11 +187,7 @@ def task_name(mapping: Mapping[str, Any], words: Sequence[str]) -> str:
 
 
 def check_processes(arguments: ExtrapTrainingArguments | ExtrapSeq2SeqTrainingArguments) -> None:
-    """Check that all launched processes are in the process group and that each has at most one GPU.
-
-    Raises:
-        ValueError: otherwise.
-    """
+    """Raise a ValueError unless all launched processes are in the process group and each has at most one GPU."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if arguments.world_size != launched:
         raise ValueError(

@@ -8,10 +8,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoTokenizer
+
+from hf_extrap.recipes.task import check_fields
+from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
 
 if TYPE_CHECKING:
@@ -25,31 +29,20 @@ ALLOWED_NAMES = "{train,validation,test}.{txt,json,jsonl,parquet}[.gz]"
 
 @dataclass
 class DataArguments:
-    """Fields of every task that name the data, and a model to start from.
+    """Fields of every task that name the data, and a model to start from."""
 
-    Raises:
-        ValueError: if a limit is less than 1.
-    """
-
-    dataset: str = field(default="builtin", metadata={"help": "'builtin' or the name of a dataset on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": f"Local folder with {ALLOWED_NAMES}; takes precedence over `dataset`."}
-    )
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a model; default: a new one, by the task's fields."}
-    )
-    data_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for prepared data; default: <HF datasets cache>/hf_extrap."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Limit of the rows of train."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Limit of the rows of validation and test."})
+    dataset: str = described("builtin", "'builtin' or the name of a dataset on the Hub.")
+    dataset_config: str | None = described(None, "Configuration of the Hub dataset.")
+    data_dir: str | None = described(None, f"Local folder with {ALLOWED_NAMES}; takes precedence over `dataset`.")
+    model: str | None = described(None, "Folder or Hub name of a model; default: a new one, by the task's fields.")
+    data_cache_dir: str | None = described(None, "Folder for prepared data; default: <HF datasets cache>/hf_extrap.")
+    max_train_samples: int | None = described(None, "Limit of the rows of train.")
+    max_eval_samples: int | None = described(None, "Limit of the rows of validation and test.")
 
     def __post_init__(self) -> None:
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; allowed: at least 1, or null for all rows.")
+        names = ("max_train_samples", "max_eval_samples")
+        limits = {name: getattr(self, name) is None or getattr(self, name) >= 1 for name in names}
+        check_fields(self, **{name: (holds, "at least 1, or null for all rows") for name, holds in limits.items()})
 
     @property
     def cache_root(self) -> Path:
@@ -69,15 +62,10 @@ def load_splits(
     cut_validation: Callable[[Dataset], tuple[Dataset, Dataset]] | None = None,
     take: Callable[[Dataset, int], Dataset] = lambda rows, count: rows.select(range(count)),
 ) -> DatasetDict:
-    """Load the splits train, validation and test.
+    """Load the splits train, validation and test, each with the given columns.
 
-    Args:
-        arguments: `data_dir` takes precedence over `dataset`; `max_train_samples` and `max_eval_samples` are limits.
-        columns: columns that every split must have, such as `("text",)`.
-        builtin: builds the data of `dataset: builtin`.
-        cut_validation: divides train into the remaining rows and validation, for data without a validation split; by
-            default such data is refused.
-        take: selects that many rows of a longer split; default: the first ones.
+    `builtin` builds the data of `dataset: builtin`, `cut_validation` divides the rows of train for data without a
+    validation split, and `take` selects that many rows of a longer split, by default the first ones.
 
     Raises:
         FileNotFoundError: if `data_dir` or the file of a split is missing, or the Hub dataset cannot be found.
@@ -90,8 +78,14 @@ def load_splits(
     elif arguments.dataset == "builtin":
         splits, origin = builtin(), "the built-in data"
     else:
-        splits = _from_hub(arguments.dataset, arguments.dataset_config)
+        with extra("recipes"):
+            import datasets
         origin = f"dataset {arguments.dataset!r}"
+        try:
+            splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)
+        except (ConnectionError, FileNotFoundError) as error:
+            missing = f"{origin} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
+            raise FileNotFoundError(missing) from error
     if cut_validation is not None and "train" in splits and "validation" not in splits:
         splits["train"], splits["validation"] = cut_validation(splits["train"])
     found = type(splits)()
@@ -125,31 +119,26 @@ def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> Data
             raise FileNotFoundError(
                 f"data_dir {str(folder)!r} has no file for split {name!r}: it needs {ALLOWED_NAMES}."
             )
-        path = found[0]
+        path, reader = found[0], files[found[0]]
         if len(found) > 1:
             raise ValueError(f"data_dir {str(folder)!r} has both {path.name} and {found[1].name}; keep one of them.")
         if path.stat().st_size == 0:
             raise ValueError(f"{str(path)!r} is empty; allowed: at least one row.")
         try:
-            splits[name] = datasets.load_dataset(
-                files[path], data_files={name: str(path)}, split=name, cache_dir=str(cache_dir)
-            )
+            splits[name] = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=str(cache_dir))
         except Exception as error:
             reason = _one_line(error.__cause__ or error)
-            raise ValueError(f"{str(path)!r} cannot be read as {files[path]}: {reason}") from error
+            raise ValueError(f"{str(path)!r} cannot be read as {reader}: {reason}") from error
     return splits
 
 
-def _from_hub(name: str, config: str | None) -> DatasetDict:
-    with extra("recipes"):
-        import datasets
-
+def load_pretrained(auto: Any, name: str) -> Any:
+    """Load a model or a tokenizer by its Auto class; FileNotFoundError if it is not found."""
     try:
-        return datasets.load_dataset(name, config)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"dataset {name!r} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
-        ) from error
+        return auto.from_pretrained(name)
+    except OSError as error:
+        what = "tokenizer of model" if auto is AutoTokenizer else "model"
+        raise FileNotFoundError(f"{what} {name!r} cannot be loaded: {error}") from error
 
 
 def _one_line(error: BaseException) -> str:

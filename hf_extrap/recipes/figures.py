@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_extrap.recipes.task import spoken
 from hf_extrap.training.extras import extra
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # The palette of Okabe and Ito, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,32 +32,42 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], li
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str = "") -> list[str]:
-    """Draw a run's history, one panel for each quantity with at least two values that are not all zero.
+    """Draw a run's history into a PNG file, one panel for each quantity with at least two values, not all zero.
 
-    Args:
-        rows: the history: training rows with `loss`, evaluation rows with `eval_<metric>`.
-        metric: key of the leading metric, without `eval_`.
-        path: PNG file to write.
-        title: title of the figure.
-
-    Returns:
-        Titles of the panels.
+    `metric` is the key of the leading metric, without `eval_`. Returns the titles of the panels.
     """
     with extra("recipes"):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
     losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
     panels.append(("Loss", losses, False))
     panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
-    panels = [(name, lines, log) for name, lines, log in panels if any(map(_is_curve, lines.values()))]
+    panels = [panel for panel in panels if any(len(steps) > 1 and any(y) for steps, y in panel[1].values())]
     columns = min(2, max(1, len(panels)))
     count = -(-len(panels) // columns) if panels else 1
     figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
     grid = figure.subplots(count, columns, squeeze=False)
     for axes, (name, lines, logarithmic) in zip(grid.flat, panels, strict=False):
-        _draw_lines(axes, {label: line for label, line in lines.items() if line[0]}, logarithmic)
+        lines = {label: line for label, line in lines.items() if line[0]}
+        for index, (label, (steps, values)) in enumerate(lines.items()):
+            marker = MARKERS[index] if len(steps) <= 25 else None
+            axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=9)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if logarithmic and all(value > 0 for _, values in lines.values() for value in values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        if len(lines) > 1:
+            above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
+            axes.legend(**above, ncols=2, frameon=False, fontsize=8)
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("step", fontsize=9)
     for axes in grid.flat[len(panels) :]:
@@ -70,33 +77,3 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return [name for name, _, _ in panels]
-
-
-def _is_curve(line: tuple[list[float], list[float]]) -> bool:
-    return len(line[0]) > 1 and any(line[1])
-
-
-def _draw_lines(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]], logarithmic: bool) -> None:
-    for index, (label, (steps, values)) in enumerate(lines.items()):
-        marker = MARKERS[index] if len(steps) <= 25 else None
-        axes.plot(steps, values, color=COLOURS[index], label=label, linewidth=1.5, marker=marker, markersize=3.5)
-    positive = all(value > 0 for _, values in lines.values() for value in values)
-    finish(axes, logarithmic and positive)
-    if len(lines) > 1:
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8, borderaxespad=0.1)
-
-
-def finish(axes: Axes, logarithmic: bool) -> None:
-    """Set frame, grid and ticks of a panel over steps."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, which="both", alpha=0.25, linewidth=0.6)
-    axes.tick_params(labelsize=9)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axes.yaxis.set_minor_locator(NullLocator())

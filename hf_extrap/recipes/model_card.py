@@ -26,13 +26,7 @@ SPLITS = {"eval": "validation", "test": "test"}
 
 
 def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | None) -> ModelCard:
-    """Return the model card of a finished run.
-
-    Args:
-        metrics: content of metrics.json.
-        model: the trained model.
-        figure: file name of the figure beside the card, or None.
-    """
+    """Return the model card of a finished run, from metrics.json, with the figure of this name beside the card."""
     facts, metric = metrics["facts"], metrics["metric"]
     task = metrics["task"]
     pipeline, task_name = HUB_TASKS.get(task, (task.replace("_", "-"), task.replace("_", " ").capitalize()))
@@ -75,8 +69,7 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
         versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
         # A vertical bar would end the table cell.
         data_rows=[
-            (name.replace("_", " "), _number(value).replace("|", "\\|"))
-            for name, value in {**facts, "dataset": dataset}.items()
+            (n.replace("_", " "), _number(v).replace("|", "\\|")) for n, v in {**facts, "dataset": dataset}.items()
         ],
         loading=_loading(model),
     )

@@ -13,17 +13,11 @@ __all__ = [
     "ExtrapLstmModel",
     "ExtrapResNetConfig",
     "ExtrapResNetForImageClassification",
-    "register",
 ]
 
 
-def register() -> None:
-    """Register the models with the Auto classes and pipelines."""
-    AutoConfig.register(ExtrapLstmConfig.model_type, ExtrapLstmConfig, exist_ok=True)
-    AutoModel.register(ExtrapLstmConfig, ExtrapLstmModel, exist_ok=True)
-    AutoModelForCausalLM.register(ExtrapLstmConfig, ExtrapLstmForCausalLM, exist_ok=True)
-    AutoConfig.register(ExtrapResNetConfig.model_type, ExtrapResNetConfig, exist_ok=True)
-    AutoModelForImageClassification.register(ExtrapResNetConfig, ExtrapResNetForImageClassification, exist_ok=True)
-
-
-register()
+AutoConfig.register(ExtrapLstmConfig.model_type, ExtrapLstmConfig, exist_ok=True)
+AutoModel.register(ExtrapLstmConfig, ExtrapLstmModel, exist_ok=True)
+AutoModelForCausalLM.register(ExtrapLstmConfig, ExtrapLstmForCausalLM, exist_ok=True)
+AutoConfig.register(ExtrapResNetConfig.model_type, ExtrapResNetConfig, exist_ok=True)
+AutoModelForImageClassification.register(ExtrapResNetConfig, ExtrapResNetForImageClassification, exist_ok=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from hf_extrap.optim.sharding import is_sharded
 from hf_extrap.recipes.run_folder import RunFolder
@@ -53,16 +53,15 @@ class RunRecorder(TrainerCallback):
     @property
     def seconds_per_step(self) -> float | None:
         """Mean seconds per step including data loading, without the first step; None before the second step."""
-        return _mean(self.intervals[1:] if len(self.intervals) > 2 else self.intervals)
+        kept = self.intervals[1:] if len(self.intervals) > 2 else self.intervals
+        return fmean(kept) if kept else None
 
     @property
     def data_seconds_per_step(self) -> float | None:
         """Mean seconds per step of waiting for data; None if every step is logged."""
-        return _mean(self.waits)
+        return fmean(self.waits) if self.waits else None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.perf_counter()
         if self._began is not None:
             self.intervals.append(now - self._began)
@@ -70,30 +69,24 @@ class RunRecorder(TrainerCallback):
             self.waits.append(now - self._ended)
         self._began = now
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = time.perf_counter()
         if self._began is not None and (control.should_training_stop or state.global_step >= state.max_steps):
             self.intervals.append(self._ended - self._began)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._began = self._ended = None
 
     on_save = on_evaluate
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = None
         if state.is_world_process_zero:
             self.folder.write_history(state.log_history)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = None
         self.replicas_identical &= replicas_agree(kwargs["model"]) is not False
-
-
-def _mean(seconds: Sequence[float]) -> float | None:
-    return sum(seconds) / len(seconds) if seconds else None
 
 
 class ConciseProgress(ProgressCallback):
@@ -103,14 +96,7 @@ class ConciseProgress(ProgressCallback):
         super().__init__()
         self.metric = metric
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:

@@ -13,15 +13,7 @@ from typing import Any
 
 from accelerate.utils import wait_for_everyone
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from hf_extrap.optim.distributed import let_gloo_finish
 from hf_extrap.recipes.configuration import Configuration
@@ -33,7 +25,7 @@ from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, vers
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
 from hf_extrap.training.checkpoints import check_checkpoint_matches
-from hf_extrap.training.extras import require
+from hf_extrap.training.extras import extra
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
 
@@ -50,11 +42,7 @@ def run(
 
     Every process of a distributed launch calls this; the first one writes.
 
-    Args:
-        configuration: from `hf_extrap.recipes.configuration.resolve`.
-        command: the command line to record; default: that of this process.
-        callbacks: additional callbacks of the Trainer.
-        print_logs: whether a run without a progress bar prints its logs.
+    `command` is recorded, by default that of this process; `print_logs` is for runs without a progress bar.
 
     Returns:
         The content of metrics.json. A run stopped by `abort_factor` has no `eval` and no `test`.
@@ -67,7 +55,8 @@ def run(
     """
     arguments = configuration.training_arguments
     if configuration.run.save_model:
-        require("recipes", "matplotlib")  # for the curves, at the end
+        with extra("recipes"):
+            import matplotlib  # noqa: F401  (for the curves, at the end)
     folder = RunFolder(Path(str(arguments.output_dir)))
     checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=checkpoint is not None)
@@ -78,7 +67,11 @@ def run(
     if first and not (folder.path / "run.json").exists():
         folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
 
-    _join_deepspeed(arguments)
+    if arguments.deepspeed is not None and arguments.world_size > 1:
+        import deepspeed
+
+        # Stage 3 needs the process group to build the model, before the Trainer exists.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     recorder = RunRecorder(folder)
@@ -109,9 +102,10 @@ def run(
     if configuration.run.save_model:
         trainer.save_model()
 
+    numbers = [validation.get(f"eval_{name}", math.nan) for name in (prepared.metric, "loss")]
     items = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     metrics: dict[str, Any] = {
-        "status": "finished" if _is_finite(validation, f"eval_{prepared.metric}", "eval_loss") else "diverged",
+        "status": "finished" if all(map(math.isfinite, numbers)) else "diverged",
         "diverged_at": diverged_at,
         "task": configuration.task.name,
         "preset": arguments.extrap,
@@ -143,7 +137,9 @@ def run(
     if first:
         folder.write_history(trainer.state.log_history)
         if configuration.run.save_model:
-            _write_card(folder, metrics, model)
+            title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
+            drawn = draw_curves(folder.read_history(), prepared.metric, folder.path / CURVES_FILE, title)
+            make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)
         # Last, since its presence marks a finished run.
         folder.write_metrics(metrics)
     wait_for_everyone()
@@ -153,28 +149,12 @@ def run(
     return metrics
 
 
-def _join_deepspeed(arguments: TrainingArguments) -> None:
-    """Initialize DeepSpeed's process group: stage 3 needs it to build the model, before the Trainer exists."""
-    if arguments.deepspeed is not None and arguments.world_size > 1:
-        import deepspeed
-
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(auto_mpi_discovery=False)
-
-
 def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
     """Return the Trainer of a configuration and its prepared task."""
     trainer_class = ExtrapSeq2SeqTrainer if configuration.task.seq2seq else ExtrapTrainer
-    trainer = trainer_class(
-        model=prepared.model,
-        args=configuration.training_arguments,
-        train_dataset=prepared.train_dataset,
-        eval_dataset=prepared.eval_dataset,
-        data_collator=prepared.data_collator,
-        processing_class=prepared.processing_class,
-        compute_metrics=prepared.compute_metrics,
-        preprocess_logits_for_metrics=prepared.preprocess_logits_for_metrics,
-    )
+    names = "model train_dataset eval_dataset data_collator processing_class compute_metrics".split()
+    given = {name: getattr(prepared, name) for name in (*names, "preprocess_logits_for_metrics")}
+    trainer = trainer_class(args=configuration.training_arguments, **given)
     trainer.batch_size_unit = prepared.batch_size_unit
     trainer.augment = prepared.augment
     if not trainer.args.disable_tqdm:
@@ -196,14 +176,15 @@ def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
 def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
     if resume is None or str(resume).lower() == "false":
         return None
-    if str(resume).lower() == "true":
-        last = folder.last_checkpoint()
-        if last is None:
-            raise FileNotFoundError(f"output_dir {folder.path} holds no checkpoint to resume from.")
-        return last
-    path = Path(resume)
-    if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    is_last = str(resume).lower() == "true"
+    path = folder.last_checkpoint() if is_last else Path(resume)
+    if path is None or not path.is_dir():
+        missing = (
+            f"output_dir {folder.path} holds no checkpoint to resume from."
+            if is_last
+            else f"checkpoint {path} does not exist."
+        )
+        raise FileNotFoundError(missing)
     return path
 
 
@@ -213,10 +194,11 @@ def _evaluate_untrained(
     arguments = configuration.training_arguments
     if resumed:
         return folder.read_configuration().get("untrained")
-    if not configuration.run.evaluate_untrained or getattr(arguments, "predict_with_generate", False):
-        return None
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        # The engine owns the weights from the start of training on.
+    # An untrained model generates up to the length limit, and an engine owns the weights only in training.
+    skipped = (
+        getattr(arguments, "predict_with_generate", False) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    )
+    if skipped or not configuration.run.evaluate_untrained:
         return None
     found = trainer.evaluate(metric_key_prefix="untrained")
     # Training starts from the same random state with and without this evaluation.
@@ -261,13 +243,3 @@ def _progress(trainer: Trainer, prepared: PreparedTask, recorder: RunRecorder) -
 
 def _rows(trainer: Trainer, key: str) -> list[dict[str, Any]]:
     return [row for row in trainer.state.log_history if key in row]
-
-
-def _is_finite(row: dict[str, Any], *names: str) -> bool:
-    return all(row.get(name) is not None and math.isfinite(row[name]) for name in names)
-
-
-def _write_card(folder: RunFolder, metrics: dict[str, Any], model: PreTrainedModel) -> None:
-    title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
-    drawn = draw_curves(folder.read_history(), metrics["metric"], folder.path / CURVES_FILE, title)
-    make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)

@@ -21,10 +21,8 @@ CARD_FILE = "README.md"
 
 #: Fields of places and of progress: runs that differ only in them are the same run.
 UNCOMPARED = frozenset(
-    (
-        "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir dataloader_num_workers "
-        "save_total_limit"
-    ).split()
+    "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir".split()
+    + "dataloader_num_workers save_total_limit".split()
 )
 
 
@@ -58,42 +56,28 @@ class RunFolder:
         return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
     def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
-        """Check that this run may write to the folder.
+        """Raise a ValueError unless a run with these resolved fields may write to the folder.
 
-        Args:
-            arguments: the resolved fields of the run, JSON values.
-            resume: whether the run resumes from a checkpoint.
-
-        Raises:
-            ValueError: if the folder holds other files, another run, a finished run, or checkpoints of this run that
-                would be overwritten.
+        It may not if the folder has other files, another or a finished run, or, without `resume`, checkpoints.
         """
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
+        if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; allowed: a folder.")
-        if not any(self.path.iterdir()):
+        if not self.path.exists() or not any(self.path.iterdir()):
             return
+        holds, instead = f"output_dir {self.path} holds", "give another --output_dir, or delete the folder."
         if not (self.path / CONFIGURATION_FILE).is_file():
             raise ValueError(
-                f"output_dir {self.path} holds files and no {CONFIGURATION_FILE}: it is not the folder of a run; "
-                "give another --output_dir."
+                f"{holds} files and no {CONFIGURATION_FILE}: it is not the folder of a run; give another --output_dir."
             )
         recorded = self.read_configuration()["arguments"]
-        if differing := different_fields(recorded, arguments):
-            name = differing[0]
-            raise ValueError(
-                f"output_dir {self.path} holds another run: its {name} is {recorded.get(name)!r}, not "
-                f"{plain(arguments.get(name))!r}; give another --output_dir, or delete the folder."
-            )
+        for name in different_fields(recorded, arguments):
+            values = f"{recorded.get(name)!r}, not {plain(arguments.get(name))!r}"
+            raise ValueError(f"{holds} another run: its {name} is {values}; {instead}")
         if self.is_finished:
+            raise ValueError(f"{holds} this run, finished; {instead}")
+        if not resume and (last := self.last_checkpoint()):
             raise ValueError(
-                f"output_dir {self.path} holds this run, finished; give another --output_dir, or delete the folder."
-            )
-        if not resume and (checkpoint := self.last_checkpoint()):
-            raise ValueError(
-                f"output_dir {self.path} holds this run up to {checkpoint.name}; resume with "
-                "--resume_from_checkpoint true, give another --output_dir, or delete the folder."
+                f"{holds} this run up to {last.name}; resume with --resume_from_checkpoint true, {instead}"
             )
 
     def write_configuration(self, configuration: Mapping[str, Any]) -> None:
@@ -131,12 +115,7 @@ def different_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a JSON object.
-    """
+    """Read a JSON object; FileNotFoundError if there is no such file, ValueError if it is not a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     try:

@@ -20,23 +20,16 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 #: Fields of places, devices and speed, which do not change what was trained.
 UNUSED = frozenset(
-    (
-        "output_dir resume_from_checkpoint use_cpu bf16 fp16 torch_compile deepspeed fsdp report_to push_to_hub "
-        "sharpness_batches"
-    ).split()
+    "output_dir resume_from_checkpoint use_cpu bf16 fp16 torch_compile deepspeed fsdp report_to push_to_hub".split()
+    + ["sharpness_batches"]
 )
 
 
 @dataclass
 class SavedRun:
-    """A Trainer with the saved weights, in float32, and the saved state of the optimizer, if any.
+    """A Trainer with the saved weights, in float32, and the saved state of the optimizer, None without optimizer.pt.
 
-    Attributes:
-        folder: of the weights.
-        configuration: of the run, resolved again in this process.
-        trainer: before training; its `optimizer` is None if the folder has no optimizer.pt.
-        learning_rate: of the optimizer's next step, or None.
-        step: of a checkpoint, otherwise None.
+    `learning_rate` is that of the optimizer's next step, `step` that of a checkpoint, otherwise None.
     """
 
     folder: Path
@@ -47,18 +40,21 @@ class SavedRun:
 
 
 def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None = None) -> SavedRun:
-    """Rebuild a run from its saved weights.
+    """Rebuild a run from the folder of a run, of a checkpoint in it, or of any saved model.
 
-    Args:
-        folder: folder of a run, of a checkpoint in it, or of any saved model.
-        words: `--field value …`, which take precedence over the run's fields.
-        config: YAML file with the fields, for a saved model without run.json.
+    `words`, `--field value …`, take precedence over the run's fields; `config` is a YAML file with the fields, for a
+    saved model without run.json.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no weights in it.
         ValueError: if the weights do not fit the fields, or a field is wrong or missing.
     """
-    _check_weights(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist.")
+    if not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        last = RunFolder(folder).last_checkpoint()
+        hint = f"; give its last checkpoint, {last}" if last else ""
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}{hint}.")
     run = next((path for path in (folder, folder.parent) if (path / CONFIGURATION_FILE).is_file()), None)
     if run is not None and config is not None:
         raise ValueError(f"{run / CONFIGURATION_FILE} already says how {folder} was trained; leave out --config.")
@@ -84,23 +80,8 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     prepared.model.float().load_state_dict(weights)
     trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
     step = folder.name.removeprefix("checkpoint-")
-    return SavedRun(
-        folder=folder,
-        configuration=configuration,
-        trainer=trainer,
-        learning_rate=_load_optimizer(trainer, folder / OPTIMIZER_FILE),
-        step=int(step) if step.isdigit() else None,
-    )
-
-
-def _check_weights(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist.")
-    if any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
-        return
-    last = RunFolder(folder).last_checkpoint()
-    hint = f"; give its last checkpoint, {last}" if last else ""
-    raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}{hint}.")
+    rate = _load_optimizer(trainer, folder / OPTIMIZER_FILE)
+    return SavedRun(folder, configuration, trainer, rate, int(step) if step.isdigit() else None)
 
 
 def _load_optimizer(trainer: ExtrapTrainer, path: Path) -> float | None:

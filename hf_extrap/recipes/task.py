@@ -42,19 +42,31 @@ class PreparedTask:
 
 
 class Task(Protocol):
-    """A task turns its own arguments into a `PreparedTask`."""
+    """A task turns its own arguments, of `arguments_class`, into a `PreparedTask`, given those of the Trainer."""
 
     name: ClassVar[str]
     arguments_class: ClassVar[type]
-    seq2seq: ClassVar[bool]
+    seq2seq: ClassVar[bool] = False
 
     def training_defaults(self) -> dict[str, Any]:
         """Return the task's defaults of training arguments."""
         ...
 
     def prepare(self, arguments: Any, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and encode the data (main process first), and build model, collator and metrics."""
+        """Load and encode the data (main process first), and build model, collator and metrics.
+
+        Raises:
+            FileNotFoundError: if data or model is missing.
+            ValueError: if data, model and training arguments cannot be used, or not together.
+        """
         ...
+
+
+def check_fields(arguments: Any, **conditions: tuple[bool, str]) -> None:
+    """Raise a ValueError for the first field whose condition, (whether it holds, what is allowed), does not hold."""
+    for name, (holds, allowed) in conditions.items():
+        if not holds:
+            raise ValueError(f"`{name}` is {getattr(arguments, name)!r}; allowed: {allowed}.")
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -19,12 +19,13 @@ else:
     Base = object
 
 
-def _described(default: Any, text: str) -> Any:
+def described(default: Any, text: str) -> Any:
+    """A dataclass field with a default and the text that `--help` prints for it."""
     return field(default=default, metadata={"help": text})
 
 
 def _override(text: str) -> Any:
-    return _described(None, f"{text} Overrides the preset.")
+    return described(None, f"{text} Overrides the preset.")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ExtrapArguments(Base):
         ValueError: naming the field, its value and what is allowed.
     """
 
-    extrap: str = _described("none", "Preset of the extrapolation; 'none' is the stock Trainer.")
+    extrap: str = described("none", "Preset of the extrapolation; 'none' is the stock Trainer.")
     extrap_direction: Direction | None = _override("The direction d.")
     extrap_scope: Scope | None = _override("Whether each worker has a direction of its own.")
     extrap_scaling: Scaling | None = _override("How the direction is scaled.")
@@ -59,12 +60,12 @@ class ExtrapArguments(Base):
     extrap_check_finite: bool | None = _override("Skip a step whose gradient is not finite.")
     extrap_swap: bool | None = _override("Point parameters to y instead of copying x; unset: only on the CPU.")
     extrap_seed: int | None = _override("Seed of noise and rounding; default: the training's seed.")
-    extrap_virtual_workers: int = _described(
+    extrap_virtual_workers: int = described(
         1,
         "Workers that each process simulates, one accumulation micro-batch each. Sets gradient_accumulation_steps, "
         "which must be 1 or the same number.",
     )
-    batch_workers: bool = _described(
+    batch_workers: bool = described(
         False,
         "Run all virtual workers in one pass. Needs one process, micro-batches of one shape and a model that vmap can "
         "run: no recurrent layers, no attention mask that transformers inspects. It is faster where a worker's pass "
@@ -72,28 +73,28 @@ class ExtrapArguments(Base):
         "1.4 to 3.8 with 32; at 200 samples, or on images of 32 x 32, it was no faster or slower. Dropout masks differ "
         "from those of workers one after another.",
     )
-    lr_scaling: Literal["none", "linear", "sqrt"] = _described(
+    lr_scaling: Literal["none", "linear", "sqrt"] = described(
         "none", "How learning_rate is scaled from base_batch_size to the batch of all workers."
     )
-    base_batch_size: float | None = _described(
+    base_batch_size: float | None = described(
         None,
         "Batch size that learning_rate was tuned at, for lr_scaling, in the units of the task: samples, or tokens for "
         "translation.",
     )
-    warmup_epochs: float = _described(0.0, "Warm-up in epochs, instead of warmup_steps.")
+    warmup_epochs: float = described(0.0, "Warm-up in epochs, instead of warmup_steps.")
     lr_milestones: list[float] = field(
         default_factory=list,
         metadata={"help": "Shares of the training at which the learning rate is cut, instead of lr_scheduler_type."},
     )
-    lr_milestone_factor: float = _described(0.1, "What each milestone multiplies the learning rate by.")
-    sgd_momentum: float = _described(0.0, "Momentum of optim 'sgd'.")
-    sgd_nesterov: bool = _described(False, "Nesterov's momentum for optim 'sgd'.")
-    base_optimizer: str | None = _described(
+    lr_milestone_factor: float = described(0.1, "What each milestone multiplies the learning rate by.")
+    sgd_momentum: float = described(0.0, "Momentum of optim 'sgd'.")
+    sgd_nesterov: bool = described(False, "Nesterov's momentum for optim 'sgd'.")
+    base_optimizer: str | None = described(
         None,
         "Optimizer of torch.optim or pytorch_optimizer by name (nadam, lars, lamb), instead of optim; optim_args are "
         "its keyword arguments.",
     )
-    local_steps: int = _described(
+    local_steps: int = described(
         1,
         "H of post-local SGD: from local_sgd_start on every worker, virtual or a process, steps its own copy of the "
         "parameters with its own optimizer state, on its own gradient clipped to max_grad_norm, and the copies are "
@@ -101,19 +102,19 @@ class ExtrapArguments(Base):
         "averages too, and H steps are counted from it: a resume is exact, but a save_steps that is no multiple of H "
         "changes the run.",
     )
-    local_sgd_start: float = _described(
+    local_sgd_start: float = described(
         0.5, "Share of the training after which local_steps begin. An extrapolation ends there, if not before."
     )
-    carry_state: bool = _described(
+    carry_state: bool = described(
         False,
         "Truncated backpropagation through time: each worker's recurrent state is the initial state of its next batch.",
     )
-    recalibrate_batch_norm: int = _described(
+    recalibrate_batch_norm: int = described(
         0,
         "How many of the last training micro-batches of each process give BatchNorm new running statistics, at x, "
         "before every evaluation and before the model is saved at the end; 0: none.",
     )
-    sharpness_batches: int = _described(
+    sharpness_batches: int = described(
         0,
         "How many of the last training micro-batches of each process the largest Hessian eigenvalue is measured on, at "
         "every evaluation while training; 0: never. A measurement takes 8 products or more, each of the time of 2 "
@@ -121,14 +122,6 @@ class ExtrapArguments(Base):
     )
 
     def __post_init__(self) -> None:
-        self._check_workers()
-        if self.extrap_virtual_workers > 1:
-            self.gradient_accumulation_steps: int = self.extrap_virtual_workers
-        super().__post_init__()
-        self._check()
-
-    def _check_workers(self) -> None:
-        """What must hold before `TrainingArguments` reads the accumulation steps."""
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -137,9 +130,10 @@ class ExtrapArguments(Base):
                 f"gradient_accumulation_steps is {steps} and extrap_virtual_workers is {workers}; allowed: the same "
                 "number, or 1, since each micro-batch is a worker."
             )
-
-    def _check(self) -> None:
-        shares = self.lr_milestones
+        if workers > 1:
+            self.gradient_accumulation_steps: int = workers
+        super().__post_init__()
+        shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
             "sharpness_batches": (self.sharpness_batches >= 0, "a whole number >= 0"),
             "recalibrate_batch_norm": (self.recalibrate_batch_norm >= 0, "a whole number >= 0"),
@@ -147,12 +141,9 @@ class ExtrapArguments(Base):
             "local_sgd_start": (0 <= self.local_sgd_start <= 1, "a share of the training, 0 to 1"),
             "lr_scaling": (self.lr_scaling in ("none", "linear", "sqrt"), "none, linear, sqrt"),
             "base_batch_size": (self.base_batch_size is None or self.base_batch_size > 0, "a number > 0"),
-            "warmup_epochs": (
-                self.warmup_epochs >= 0 and not (self.warmup_epochs and self.warmup_steps),
-                ">= 0, and 0 beside warmup_steps",
-            ),
+            "warmup_epochs": (self.warmup_epochs >= 0 and not both_warm, ">= 0, and 0 beside warmup_steps"),
             "lr_milestones": (
-                all(0 < share < 1 for share in shares) and sorted(shares) == shares,
+                all(0 < s < 1 for s in shares) and sorted(shares) == shares,
                 "increasing shares in (0, 1)",
             ),
         }
@@ -161,10 +152,8 @@ class ExtrapArguments(Base):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
         self.extrap_config()
         if self.lr_scaling != "none" and self.base_batch_size is None:
-            raise ValueError(
-                f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, the batch size that learning_rate "
-                "was tuned at."
-            )
+            tuned = "the batch size that learning_rate was tuned at"
+            raise ValueError(f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, {tuned}.")
         if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":
             raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")
         if self.base_optimizer is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,26 +24,14 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass
 class RankState:
-    """What one process keeps for itself in a checkpoint.
-
-    Attributes:
-        tensors: by group and name.
-        facts: values that JSON can hold.
-    """
+    """What one process keeps for itself in a checkpoint: tensors by group and name, and values that JSON can hold."""
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def save_rank_state(checkpoint: str | Path, rank: int, processes: int, states: Iterable[RankState]) -> None:
-    """Write what one process keeps for itself as one safetensors file.
-
-    Args:
-        checkpoint: folder, made if it is missing.
-        rank: of the process.
-        processes: how many there are.
-        states: their groups and facts go into one file.
-    """
+    """Write what one of `processes` processes keeps for itself as one safetensors file in the checkpoint's folder."""
     folder = Path(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -79,17 +68,12 @@ def load_rank_state(checkpoint: str | Path, rank: int, processes: int) -> RankSt
         logger.warning("%s holds no extrap_rank file: directions and recurrent states start cold", folder)
         return RankState()
     if saved != processes:
-        logger.warning(
-            "the checkpoint has %d processes and this run %d: directions and recurrent states start cold",
-            saved,
-            processes,
-        )
+        message = "the checkpoint has %d processes and this run %d: directions and recurrent states start cold"
+        logger.warning(message, saved, processes)
         return RankState(facts={name: state.facts[name] for name in ("noise_scale",) if name in state.facts})
     if lost := sorted(name for _, names in reports for name in names):
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(lost)}, which its {processes} processes have saved; allowed: a complete "
-            "checkpoint."
-        )
+        missing_files = f"{', '.join(lost)}, which its {processes} processes have saved"
+        raise FileNotFoundError(f"{folder} lacks {missing_files}; allowed: a complete checkpoint.")
     return state
 
 
@@ -116,11 +100,9 @@ def _read(path: Path) -> RankState:
 
 
 def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
-    """Refuse a checkpoint whose tensors do not fit the model; only the files' headers are read.
+    """Refuse a checkpoint whose model.safetensors, whole or in shards, does not fit the model; only headers are read.
 
-    Args:
-        checkpoint: folder that holds model.safetensors, whole or in shards.
-        model: receives the tensors. Tied weights may be stored under any one of their names.
+    Tied weights may be stored under any one of their names.
 
     Raises:
         FileNotFoundError: the folder or its weights are missing.
@@ -130,37 +112,29 @@ def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist.")
     stored = _stored_shapes(folder)
-    # Tied weights share memory and are stored once.
-    expected: dict[str, tuple[int, ...]] = {}
-    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-    for name, tensor in model.state_dict().items():
-        expected[name] = tuple(tensor.shape)
-        groups.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
+    another = f"checkpoint {folder} is of another model:"
+    tensors = model.state_dict()
     for name, shape in stored.items():
-        if name not in expected:
-            raise ValueError(f"checkpoint {folder} is of another model: this one has no weight {name!r}.")
-        if shape != expected[name]:
-            raise ValueError(
-                f"checkpoint {folder} is of another model: {name} has shape {list(shape)} there and "
-                f"{list(expected[name])} here."
-            )
+        if name not in tensors:
+            raise ValueError(f"{another} this one has no weight {name!r}.")
+        if shape != tuple(tensors[name].shape):
+            raise ValueError(f"{another} {name} has shape {list(shape)} there and {list(tensors[name].shape)} here.")
+    # Tied weights share memory and are stored once.
+    groups: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
     # Such as sinusoidal positions, which the model computes.
-    unsaved = [
-        re.compile(pattern)
-        for attribute in ("_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing")
-        for pattern in getattr(model, attribute, None) or ()
-    ]
+    attributes = ("_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing")
+    unsaved = [pattern for attribute in attributes for pattern in getattr(model, attribute, None) or ()]
     for names in groups.values():
-        if not any(name in stored or any(pattern.search(name) for pattern in unsaved) for name in names):
-            raise ValueError(f"checkpoint {folder} is of another model: it has no weight {names[0]!r}.")
+        if not any(name in stored or any(re.search(pattern, name) for pattern in unsaved) for name in names):
+            raise ValueError(f"{another} it has no weight {names[0]!r}.")
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    index = folder / INDEX_FILE
+    index, files = folder / INDEX_FILE, [WEIGHTS_FILE]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = [WEIGHTS_FILE]
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         path = folder / name

@@ -14,15 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def uses_num_items(model: nn.Module, loss: Callable[..., Any], inputs: dict[str, Any]) -> bool:
-    """Find out by trying whether a loss depends on `num_items_in_batch`.
+    """Whether the Trainer's `compute_loss` of a micro-batch depends on `num_items_in_batch`, by two passes.
 
     The Trainer takes a model that accepts `**kwargs` for one that uses it. If the model ignores it, gradients are too
     large by the number of accumulation steps times that of processes.
-
-    Args:
-        model: is in evaluation mode during the two passes.
-        loss: the Trainer's `compute_loss`.
-        inputs: a micro-batch on its device.
     """
     was_training = model.training
     model.eval()
@@ -33,8 +28,6 @@ def uses_num_items(model: nn.Module, loss: Callable[..., Any], inputs: dict[str,
         model.train(was_training)
     if one == 0 or not math.isclose(one, two, rel_tol=1e-3):
         return True
-    logger.warning(
-        "%s takes num_items_in_batch and ignores it: micro-batches and processes are averaged instead",
-        type(model).__name__,
-    )
+    message = "%s takes num_items_in_batch and ignores it: micro-batches and processes are averaged instead"
+    logger.warning(message, type(model).__name__)
     return False

@@ -23,11 +23,7 @@ def optimizer_name(optimizer: torch.optim.Optimizer | None) -> str:
 def add_extrapolation(path: Path, preset: str, config: ExtrapConfig, optimizer: torch.optim.Optimizer) -> None:
     """Append to a model card of the stock Trainer how gradients were extrapolated, and name the base optimizer.
 
-    Args:
-        path: the card; of its metadata only the tags change.
-        preset: name of the preset.
-        config: the configuration of `Extrapolated`.
-        optimizer: the optimizer of the training, possibly wrapped.
+    Of the card's metadata only the tags change; `optimizer` is that of the training, possibly wrapped.
     """
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or []), "hf_extrap", f"extrap:{preset}", "arxiv:2006.05720"})

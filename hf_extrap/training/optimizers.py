@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .extras import extra
+
 logger = logging.getLogger(__name__)
 
 _NOT_IN_A_LOOP = {"optimizer", "lbfgs", "sparseadam"}
@@ -29,23 +31,18 @@ def base_optimizer(args: TrainingArguments, name: str) -> tuple[type[torch.optim
 
     Raises:
         ValueError: the name or an argument is unknown; close matches are named.
-        ImportError: the name is not of torch.optim and pytorch_optimizer is missing.
+        ModuleNotFoundError: the name is not of torch.optim and pytorch_optimizer is not installed.
     """
     given = parse_arguments(args.optim_args)
-    torch_optimizers = {
+    found = {
         key.lower(): value
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and key.lower() not in _NOT_IN_A_LOOP
     }
-    optimizer_class = torch_optimizers.get(name.lower())
-    from_torch = optimizer_class is not None
-    if optimizer_class is None:
-        optimizer_class = _of_library(name, list(torch_optimizers))
-    parameters = {
-        key: parameter
-        for key, parameter in inspect.signature(optimizer_class).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
+    from_torch = name.lower() in found
+    optimizer_class = found[name.lower()] if from_torch else _of_library(name, list(found))
+    signature = inspect.signature(optimizer_class).parameters
+    parameters = {key: p for key, p in signature.items() if p.kind is not p.VAR_KEYWORD}
     needed = [key for key, p in parameters.items() if p.default is p.empty and key not in given and key != "params"]
     if "params" not in parameters or needed:
         raise ValueError(f"base_optimizer {name!r} needs more than parameters and numbers; allowed: a plain optimizer.")
@@ -81,12 +78,11 @@ def _literal(node: ast.expr) -> Any:
 
 def _of_library(name: str, torch_names: list[str]) -> type[torch.optim.Optimizer]:
     try:
-        import pytorch_optimizer
-    except ImportError:
-        raise ImportError(
-            f"base_optimizer {name!r} is not of torch.optim, and pytorch_optimizer is missing: "
-            "pip install 'hf_extrap[optimizers]'."
-        ) from None
+        with extra("optimizers"):
+            import pytorch_optimizer
+    except ModuleNotFoundError as error:
+        message = f"base_optimizer {name!r} is not of torch.optim, and {error}"
+        raise ModuleNotFoundError(message, name=error.name) from None
     names = pytorch_optimizer.get_supported_optimizers()
     if name.lower() not in names:
         close = difflib.get_close_matches(name.lower(), [*names, *torch_names], n=5)
@@ -98,13 +94,10 @@ def _of_library(name: str, torch_names: list[str]) -> type[torch.optim.Optimizer
 
 
 def scaled_learning_rate_factor(rule: str, batch_size: float, base_batch_size: float) -> float:
-    """The factor of a learning rate that was tuned at another batch size.
+    """The factor of a learning rate that was tuned at `base_batch_size`, for a step of `batch_size`, in the same unit.
 
-    Args:
-        rule: `none`, 1; `linear`, the ratio of the batch sizes (Goyal et al. 2017); `sqrt`, its square root, for
-            adaptive optimizers (Hoffer et al. 2017).
-        batch_size: of one step over all workers, in any unit.
-        base_batch_size: the batch size that the learning rate was tuned at, in the same unit.
+    It is 1 by the rule `none`, the ratio of the batch sizes by `linear` (Goyal et al. 2017), and its square root by
+    `sqrt`, for adaptive optimizers (Hoffer et al. 2017).
     """
     ratio = batch_size / base_batch_size if rule != "none" else 1.0
     return math.sqrt(ratio) if rule == "sqrt" else ratio
@@ -113,14 +106,7 @@ def scaled_learning_rate_factor(rule: str, batch_size: float, base_batch_size: f
 def step_decay(
     total_steps: int, warmup_steps: int, milestones: Sequence[float], factor: float
 ) -> Callable[[int], float]:
-    """A schedule for `LambdaLR`: linear warm-up to 1, then times `factor` at each milestone.
-
-    Args:
-        total_steps: steps of the training.
-        warmup_steps: steps from 0 to the full learning rate.
-        milestones: increasing shares of the training, in (0, 1).
-        factor: what each milestone multiplies the rate by.
-    """
+    """A schedule for `LambdaLR`: linear warm-up to 1, then times `factor` at each milestone, a share of all steps."""
     steps = [math.ceil(share * total_steps) for share in milestones]
 
     def rate(step: int) -> float:

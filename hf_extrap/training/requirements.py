@@ -15,16 +15,11 @@ if TYPE_CHECKING:
 
 
 def check_requirements(trainer: ExtrapTrainerMixin) -> None:
-    """Check a Trainer before anything is built on it.
-
-    Raises:
-        ValueError: naming the field, what it cannot be combined with, and what is allowed.
-    """
+    """Raise a ValueError that names a field, what it cannot be combined with, and what is allowed."""
     args, config = trainer.args, trainer.extrap_config
-    engines = {
-        "the engine is DeepSpeed": trainer.is_deepspeed_enabled,
-        "the engine is FSDP": trainer.is_fsdp_enabled,
-    }
+    engines = {"the engine is DeepSpeed": trainer.is_deepspeed_enabled, "the engine is FSDP": trainer.is_fsdp_enabled}
+    loss_func = {"compute_loss_func is given": trainer.compute_loss_func is not None}
+    common = {**engines, "fp16 is true": args.fp16, **loss_func}
     if config.direction != "none":
         _check_engine(trainer)
     if args.batch_workers:
@@ -35,11 +30,9 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
                 "carry_state is true": args.carry_state,
                 "there are several processes": args.world_size > 1,
                 "there are several devices": args.n_gpu > 1,
-                **engines,
-                "fp16 is true": args.fp16,
+                **common,
                 "torch_compile is true": args.torch_compile,
                 "gradient_checkpointing is true": bool(args.gradient_checkpointing),
-                "compute_loss_func is given": trainer.compute_loss_func is not None,
             },
             "several virtual workers in one process on one device, in float32 or bf16, without carry_state, "
             "torch_compile, gradient_checkpointing or compute_loss_func; or batch_workers false",
@@ -58,9 +51,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
             {
                 "batch_workers is true": args.batch_workers,
                 f"{accumulation} and extrap_virtual_workers {workers}": args.gradient_accumulation_steps != workers,
-                **engines,
-                "fp16 is true": args.fp16,
-                "compute_loss_func is given": trainer.compute_loss_func is not None,
+                **common,
             },
             "workers that are each a process of DDP or a virtual worker of one micro-batch, one after another, in "
             "float32 or bf16 and with the model's own loss; or local_steps 1",
@@ -70,11 +61,7 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
 
 
 def check_deepspeed_runs(model: nn.Module) -> None:
-    """Check the prepared model of a run with `deepspeed`.
-
-    Raises:
-        ValueError: accelerate has not wrapped it in a DeepSpeed engine.
-    """
+    """Raise a ValueError unless accelerate has wrapped the model of a run with `deepspeed` in a DeepSpeed engine."""
     if not hasattr(model, "zero_optimization_stage"):
         raise ValueError(
             f"deepspeed is given, but the model is a {type(model).__name__}: accelerate has fallen back to another "
@@ -83,50 +70,36 @@ def check_deepspeed_runs(model: nn.Module) -> None:
 
 
 def _check_engine(trainer: ExtrapTrainerMixin) -> None:
-    args, accelerator = trainer.args, trainer.accelerator
-    field = f"extrap is {args.extrap!r}"
-    deepspeed: dict[str, Any] = {}
-    if trainer.is_deepspeed_enabled:
-        deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-    _refuse(
-        field,
-        {"the DeepSpeed configuration has an optimizer of its own": "optimizer" in deepspeed},
-        "no `optimizer` there, but `optim` or `base_optimizer` among the arguments, or extrap 'none'",
-    )
-    for engine, given, runs in (
-        ("FSDP", args.fsdp, trainer.is_fsdp_enabled),
-        ("DeepSpeed", args.deepspeed, trainer.is_deepspeed_enabled),
-    ):
+    args, accelerator, field = trainer.args, trainer.accelerator, f"extrap is {trainer.args.extrap!r}"
+    plugin = accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    deepspeed: dict[str, Any] = plugin.deepspeed_config if plugin else {}
+    own_optimizer = {"the DeepSpeed configuration has an optimizer of its own": "optimizer" in deepspeed}
+    allowed = "no `optimizer` there, but `optim` or `base_optimizer` among the arguments, or extrap 'none'"
+    _refuse(field, own_optimizer, allowed)
+    engines = {
+        "FSDP": (args.fsdp, trainer.is_fsdp_enabled),
+        "DeepSpeed": (args.deepspeed, trainer.is_deepspeed_enabled),
+    }
+    for engine, (given, runs) in engines.items():
         asked = bool(given) or os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
-        running = accelerator.distributed_type.value
-        _refuse(
-            field,
-            {f"{engine} is asked for, but accelerate runs {running}": asked and not runs},
-            f"a machine on which it runs {engine} (`hf-extrap doctor` says which), or a launch without it",
-        )
+        other = {f"{engine} is asked for, but accelerate runs {accelerator.distributed_type.value}": asked and not runs}
+        allowed = f"a machine on which it runs {engine} (`hf-extrap doctor` says which), or a launch without it"
+        _refuse(field, other, allowed)
     version = getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) if trainer.is_fsdp_enabled else 2
     _refuse(field, {"the engine is FSDP of version 1": version != 2}, "fsdp_version 2, or extrap 'none'")
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
-    sharded = "ZeRO-3" if stage == 3 else "FSDP" if trainer.is_fsdp_enabled else None
-    _refuse(
-        field,
-        {
-            f"the engine is {sharded}, where no worker has weights of its own": (
-                sharded is not None and trainer.extrap_config.scope == "local"
-            )
-        },
-        "extrap_scope 'global' (extragradient, optimistic, past-update, noise), or DDP or ZeRO stages 0 to 2",
-    )
+    is_local = trainer.extrap_config.scope == "local"
+    without = "where no worker has weights of its own"
+    sharded = {
+        f"the engine is ZeRO-3, {without}": stage == 3 and is_local,
+        f"the engine is FSDP, {without}": trainer.is_fsdp_enabled and is_local,
+    }
+    allowed = "extrap_scope 'global' (extragradient, optimistic, past-update, noise), or DDP or ZeRO stages 0 to 2"
+    _refuse(field, sharded, allowed)
 
 
 def _refuse(field: str, obstacles: Mapping[str, bool], allowed: str) -> None:
-    """Raise a ValueError that names the first obstacle that applies.
-
-    Args:
-        field: the field with its value: `local_steps is 8`.
-        obstacles: each in words, and whether it applies.
-        allowed: what is, and what to give instead.
-    """
+    """Raise a ValueError that names a field with its value, the first obstacle that applies, and what is allowed."""
     for obstacle, applies in obstacles.items():
         if applies:
             raise ValueError(f"{field} and {obstacle}; allowed: {allowed}.")

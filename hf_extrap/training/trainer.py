@@ -86,18 +86,8 @@ class ExtrapTrainerMixin(TrainerBase):
         self._one_pass = WorkersInOnePass(self, self._fresh)
         self._running_loss = RunningLoss(self)
         # In the order in which an evaluation needs them.
-        self._components: list[Component] = [
-            self.local_sgd,
-            self.carried,
-            self._batch_norm,
-            self.sharpness,
-            self._fresh,
-            Diagnostics(self),
-            Directions(self),
-            self._running_loss,
-        ]
-
-    # What components use
+        first: list[Component] = [self.local_sgd, self.carried, self._batch_norm, self.sharpness]
+        self._components = [*first, self._fresh, Diagnostics(self), Directions(self), self._running_loss]
 
     @property
     def extrapolated(self) -> Extrapolated | None:
@@ -120,12 +110,9 @@ class ExtrapTrainerMixin(TrainerBase):
         return cast(Inputs, self._prepare_inputs(dict(inputs)))
 
     def loss_of(self, inputs: Inputs, state: State | None = None, model: nn.Module | None = None) -> Tensor:
-        """The loss of a micro-batch by a pass that changes no recurrent state.
+        """The loss of a micro-batch by a pass of the model, by default the unwrapped one, that changes no state.
 
-        Args:
-            inputs: the micro-batch.
-            state: the recurrent state to begin with, if the model is in evaluation mode.
-            model: default: the unwrapped one.
+        In evaluation mode the recurrent state to begin with is `state`.
         """
         with self.carried.starting_from(state), self.compute_loss_context_manager():
             return cast(Tensor, self.compute_loss(self.model if model is None else model, self.prepare(inputs)))
@@ -137,8 +124,6 @@ class ExtrapTrainerMixin(TrainerBase):
             backward(loss * self.args.gradient_accumulation_steps)
         else:
             self.accelerator.backward(loss)
-
-    # Optimizer and schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The base optimizer, its learning rate scaled to the batch, inside `Extrapolated`."""
@@ -174,8 +159,6 @@ class ExtrapTrainerMixin(TrainerBase):
             self.lr_scheduler = LambdaLR(optimizer or cast(torch.optim.Optimizer, self.optimizer), rate)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    # The loop
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The stock training, also after an evaluation.
@@ -277,8 +260,6 @@ class ExtrapTrainerMixin(TrainerBase):
         self.carried.keep(slot, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    # Evaluations, logs and saving
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The stock evaluation, at x; what components measure there is logged beside it."""
         for component in self._components:
@@ -303,8 +284,6 @@ class ExtrapTrainerMixin(TrainerBase):
         for component in self._components:
             component.before_save(is_checkpoint=_internal_call)
         super().save_model(output_dir, _internal_call)
-
-    # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.local_sgd.average()

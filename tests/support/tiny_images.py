@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_extrap import ExtrapTrainer
-from hf_extrap.recipes.image_classification.augmentation import Augmentation
-from hf_extrap.recipes.image_classification.images import ImageDataset, collate
+from hf_extrap.recipes.image_classification.images import Augmentation, ImageDataset, collate
 from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 from tests.support.tiny_trainer import arguments
 

@@ -17,14 +17,7 @@ ENGINES = {"NO": "one process", "MULTI_GPU": "DDP", "FSDP": "FSDP", "DEEPSPEED":
 
 @dataclass
 class Verdict:
-    """The result for one configuration.
-
-    Attributes:
-        name: of the file.
-        starts: what it starts, in a few words.
-        obstacles: reasons why this machine cannot run it, one sentence each; empty if it can.
-        notes: what its user should know.
-    """
+    """What the configuration in the file `name` starts, why this machine cannot, in sentences, and what to know."""
 
     name: str
     starts: str = "unknown"
@@ -42,11 +35,8 @@ def judge(path: str | Path, machine: Machine) -> Verdict:
     """Whether this machine can run the configuration in a file; the fields tell whose it is.
 
     Accelerate's loader and this package's argument classes check their own fields. Checked here: what the machine
-    lacks, what starts something else without an error, and what DeepSpeed refuses after the start.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file does not hold a mapping.
+    lacks, what starts something else without an error, and what DeepSpeed refuses after the start. FileNotFoundError
+    if there is no such file, ValueError if it does not hold a mapping.
     """
     path = Path(path)
     verdict, fields = Verdict(path.name), read_mapping(path)

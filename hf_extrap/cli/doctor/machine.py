@@ -31,14 +31,7 @@ LAUNCH_VARIABLES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides whether a launch configuration can run.
-
-    Attributes:
-        gpus: number of CUDA devices that this process sees.
-        backends: those of torch.distributed that are available: gloo, nccl.
-        no_deepspeed: why DeepSpeed cannot run here; None if it can.
-        environment: the `LAUNCH_VARIABLES` that are set.
-    """
+    """Visible CUDA devices, backends of torch.distributed, why DeepSpeed cannot run, and `LAUNCH_VARIABLES` set."""
 
     gpus: int = 0
     backends: frozenset[str] = frozenset({"gloo"})
@@ -69,7 +62,10 @@ def _gloo_starts() -> bool:
 
 def _no_deepspeed(on_cpu: bool) -> str | None:
     if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed: pip install 'hf_extrap[deepspeed]'."
+        return (
+            "DeepSpeed is not installed; it is part of the extra deepspeed: pip install '.[deepspeed]' in the "
+            "checkout, or pip install deepspeed."
+        )
     if missing := [name for name in ("g++", "ninja") if on_cpu and not shutil.which(name)]:
         return f"DeepSpeed builds an extension for the CPU with {' and '.join(missing)}, not on PATH here."
     done = subprocess.run([sys.executable, "-c", "import deepspeed"], capture_output=True, text=True)

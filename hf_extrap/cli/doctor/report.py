@@ -75,16 +75,16 @@ def print_tables(content: dict[str, Any], console: Console | None = None) -> Non
         console.print(make_table(title.capitalize(), ["", ""], rows, header=False))
     for sentence in content["untested_versions"]:
         console.print(sentence)
-    rows = []
-    for engine in content["engines"]:
-        answer = "yes" if engine["can_run"] else f"no: {engine['obstacle']}"
-        rows.append([engine["name"], answer, engine["extrapolation"]])
+    rows = [
+        [each["name"], "yes" if each["can_run"] else f"no: {each['obstacle']}", each["extrapolation"]]
+        for each in content["engines"]
+    ]
     console.print(make_table("Engines", ["engine", "can run here", "extrapolation"], rows, numbers=False))
     if rows := [[f"{name}={value}", LAUNCH_VARIABLES[name]] for name, value in content["environment"].items()]:
         console.print(make_table("Environment", ["variable", "what it sets"], rows, numbers=False))
-    rows = []
-    for verdict in content["configurations"]:
-        sentences = " ".join(verdict["obstacles"] + verdict["notes"])
-        rows.append([verdict["name"], verdict["starts"], "yes" if verdict["can_run"] else "no", sentences])
+    rows = [
+        [each["name"], each["starts"], "yes" if each["can_run"] else "no", " ".join(each["obstacles"] + each["notes"])]
+        for each in content["configurations"]
+    ]
     head = ["configuration", "starts", "can run here", "obstacles and notes"]
     console.print(make_table("Configurations", head, rows, numbers=False))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_extrap.recipes.image_classification.augmentation import random_crop, random_flip
+from hf_extrap.recipes.image_classification.images import random_crop, random_flip
 
 PADDING = 4
 HELD_OUT = 0.1

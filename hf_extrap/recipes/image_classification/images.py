@@ -1,4 +1,4 @@
-"""Labelled images: scikit-learn's digits, stratified splits, and decoded images cached on disk as bytes."""
+"""Labelled images: the digits of scikit-learn, stratified splits, decoded images cached on disk, and augmentation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 from transformers.utils.logging import tqdm
 
 from hf_extrap.recipes.data import cached_folder
 from hf_extrap.training.extras import extra
 
-if TYPE_CHECKING:
+with extra("recipes"):
     import datasets
 
 #: Increase it when the format of prepared data changes.
@@ -31,7 +33,6 @@ DIGITS_VALIDATION, DIGITS_TEST = 297, 360
 def builtin_digits() -> datasets.DatasetDict:
     """Return scikit-learn's 1,797 handwritten digits, 8 × 8 grey: 1,140 for train, 297 for validation, 360 for test."""
     with extra("recipes"):
-        import datasets
         from PIL import Image
         from sklearn.datasets import load_digits
 
@@ -51,13 +52,9 @@ def builtin_digits() -> datasets.DatasetDict:
 
 
 def stratified_cut(rows: datasets.Dataset, size: int, label_column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split off `size` rows at random, always the same ones, with equal shares of every class.
+    """The remaining rows and `size` random ones, always the same and with equal shares of every class, all in order.
 
-    Returns:
-        The remaining rows and those split off, both in their original order.
-
-    Raises:
-        ValueError: if there are too few rows, or no labels.
+    ValueError if there are too few rows, or no labels.
     """
     with extra("recipes"):
         from sklearn.model_selection import train_test_split
@@ -80,12 +77,7 @@ def random_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
 
 @dataclass
 class ImageDataset(Dataset):
-    """Images in memory or mapped from disk.
-
-    Attributes:
-        images: (images, 3, height, width) uint8.
-        labels: (images,) int64.
-    """
+    """Images, (images, 3, height, width) uint8, in memory or mapped from disk, and labels, (images,) int64."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -113,12 +105,7 @@ class ImageDataset(Dataset):
 
 def collate(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
     """Stack single items; a whole batch of an `ImageDataset` is returned unchanged."""
-    if isinstance(batch, dict):
-        return batch
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in batch]),
-        "labels": torch.tensor([row["labels"] for row in batch]),
-    }
+    return batch if isinstance(batch, dict) else default_data_collator(batch)
 
 
 def decode(
@@ -126,18 +113,11 @@ def decode(
 ) -> dict[str, ImageDataset]:
     """Decode every image to RGB; the bytes are cached under a fingerprint of the image files.
 
-    Args:
-        splits: rows with an image (the feature `Image`, of any file format) and a class number.
-        cache_root: folder of the cache.
-        image_column: column of the images.
-        label_column: column of the classes, numbered from 0.
+    Images have the feature `Image` and any file format; labels are classes, numbered from 0.
 
     Raises:
         ValueError: if a column has another type, an image cannot be read, or images differ in size.
     """
-    with extra("recipes"):
-        import datasets
-
     found: dict[str, ImageDataset] = {}
     digest = hashlib.blake2b(json.dumps(CACHE_VERSION).encode(), digest_size=12)
     for name, split in splits.items():
@@ -181,3 +161,35 @@ def _decode(split: datasets.Dataset, name: str, image_column: str) -> np.ndarray
         images[index] = image
     assert images is not None  # load_splits refuses empty splits
     return images
+
+
+def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Pad images, (batch, channels, height, width), with zeros and crop each to its size at a random position."""
+    height, width = images.shape[-2:]
+    # (batch, channels, 2 padding + 1, 2 padding + 1, height, width): a view of every crop.
+    crops = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    corner = torch.randint(2 * padding + 1, (2, len(images)), generator=generator, device=images.device)
+    return crops[torch.arange(len(images), device=images.device), :, corner[0], corner[1]]
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip each image, (batch, channels, height, width), horizontally with probability 1/2."""
+    flipped = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, with that padding in pixels or 0 for none, and random flip of a batch's `pixel_values`."""
+
+    crop: int
+    flip: bool
+
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Return the batch with augmented `pixel_values`; the generator is the only source of randomness."""
+        images = batch["pixel_values"]
+        if self.crop:
+            images = random_crop(images, self.crop, generator)
+        if self.flip:
+            images = random_flip(images, generator)
+        return {**batch, "pixel_values": images}

@@ -10,6 +10,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, initializat
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
+from hf_extrap.recipes.task import check_fields
+
 #: Block size of oneDNN in channels. With fewer channels in channels-last layout, its gradient of a strided 1 × 1
 #: convolution writes out of bounds on CPUs with AVX2 (oneDNN issue 6035).
 ONEDNN_BLOCK = 16
@@ -23,9 +25,6 @@ class ExtrapResNetConfig(ResNetConfig):
         width: channels of the first stage; the second has twice, the third four times as many.
         image_mean: mean of each channel over the training set, of values in [0, 1].
         image_std: standard deviation of each channel, likewise.
-
-    Raises:
-        ValueError: if a value is not allowed.
     """
 
     model_type = "extrap_resnet"
@@ -36,10 +35,11 @@ class ExtrapResNetConfig(ResNetConfig):
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.depth < 8 or self.depth % 6 != 2:
-            raise ValueError(f"`depth` is {self.depth}; allowed: 6n + 2, such as 8, 14, 20 or 32.")
-        if self.width < 1:
-            raise ValueError(f"`width` is {self.width}; allowed: at least 1.")
+        check_fields(
+            self,
+            depth=(self.depth >= 8 and self.depth % 6 == 2, "6n + 2, such as 8, 14, 20 or 32"),
+            width=(self.width >= 1, "at least 1"),
+        )
         if not len(self.image_mean) == len(self.image_std) == self.num_channels or min(self.image_std) <= 0:
             raise ValueError(
                 f"`image_mean` is {self.image_mean} and `image_std` {self.image_std}; allowed: {self.num_channels} "
@@ -105,14 +105,11 @@ class ExtrapResNetForImageClassification(ResNetForImageClassification):
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        """Classify images.
+        """Classify images; ValueError if `pixel_values` is missing or has another shape.
 
         Args:
             pixel_values: (batch, channels, height, width), uint8, or floats that are already normalized.
             labels: (batch,), for the loss, the mean cross entropy in nats.
-
-        Raises:
-            ValueError: if `pixel_values` is missing or has another shape.
         """
         channels = self.config.num_channels
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != channels:

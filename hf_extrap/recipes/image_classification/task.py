@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import datasets
 import numpy as np
 from torch import Tensor
 from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
-from hf_extrap.recipes.data import DataArguments, load_splits
-from hf_extrap.recipes.image_classification.augmentation import Augmentation
+from hf_extrap.recipes.data import DataArguments, load_pretrained, load_splits
 from hf_extrap.recipes.image_classification.images import (
+    Augmentation,
     ImageDataset,
     builtin_digits,
     collate,
@@ -20,41 +21,34 @@ from hf_extrap.recipes.image_classification.images import (
     stratified_cut,
 )
 from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
-from hf_extrap.recipes.task import PreparedTask, parameter_count
+from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
+from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass
 class ImageClassificationArguments(DataArguments):
-    """Fields of the task `image_classification`: columns, augmentation, and a new model.
+    """Fields of the task `image_classification`: columns, augmentation, and a new model."""
 
-    Raises:
-        ValueError: if a value is not allowed.
-    """
-
-    image_column: str = field(default="img", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the classes, numbered from 0."})
-    validation_samples: int = field(
-        default=5000, metadata={"help": "Rows split off train for validation, if the data has no validation split."}
+    image_column: str = described("img", "Column of the images.")
+    label_column: str = described("label", "Column of the classes, numbered from 0.")
+    validation_samples: int = described(
+        5000, "Rows split off train for validation, if the data has no validation split."
     )
-    random_crop: int | None = field(
-        default=None, metadata={"help": "Padding of the random crop in pixels; default: 4, and 0 for 'builtin'."}
+    random_crop: int | None = described(None, "Padding of the random crop in pixels; default: 4, and 0 for 'builtin'.")
+    random_flip: bool | None = described(
+        None, "Flip images horizontally at random; default: true, and false for 'builtin'."
     )
-    random_flip: bool | None = field(
-        default=None, metadata={"help": "Flip images horizontally at random; default: true, and false for 'builtin'."}
-    )
-    depth: int = field(default=20, metadata={"help": "Layers of a new ResNet: 6n + 2, such as 8 or 20."})
-    width: int = field(default=16, metadata={"help": "Channels of the first stage of a new ResNet."})
+    depth: int = described(20, "Layers of a new ResNet: 6n + 2, such as 8 or 20.")
+    width: int = described(16, "Channels of the first stage of a new ResNet.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.validation_samples < 1:
-            raise ValueError(f"`validation_samples` is {self.validation_samples}; allowed: at least 1.")
-        if self.random_crop is not None and self.random_crop < 0:
-            raise ValueError(f"`random_crop` is {self.random_crop}; allowed: at least 0.")
+        check_fields(
+            self,
+            validation_samples=(self.validation_samples >= 1, "at least 1"),
+            random_crop=(self.random_crop is None or self.random_crop >= 0, "at least 0"),
+        )
         # The model's own check, before any data is read.
         ExtrapResNetConfig(depth=self.depth, width=self.width)
 
@@ -94,12 +88,7 @@ class ImageClassificationTask:
         }
 
     def prepare(self, arguments: ImageClassificationArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and decode the images (main process first), and build the model.
-
-        Raises:
-            FileNotFoundError: if data or model is missing.
-            ValueError: if the data or the model cannot be used.
-        """
+        """Load and decode the images (main process first), and build the model."""
         with extra("recipes"):
             from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -156,11 +145,7 @@ def most_likely(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_names(train: datasets.Dataset, images: dict[str, ImageDataset], label_column: str) -> list[str]:
-    """Names of the classes by number; the numbers themselves if the data has no names.
-
-    Raises:
-        ValueError: if a split has a class that train has not.
-    """
+    """Names of the classes, by default their numbers; ValueError if a split has a class that train has not."""
     count = int(images["train"].labels.max()) + 1
     names = list(getattr(train.features[label_column], "names", None) or map(str, range(count)))
     for name, part in images.items():
@@ -193,10 +178,7 @@ def build_model(
                 label2id={name: number for number, name in enumerate(names)},
             )
         )
-    try:
-        model = AutoModelForImageClassification.from_pretrained(arguments.model)
-    except OSError as error:
-        raise FileNotFoundError(f"model {arguments.model!r} cannot be loaded: {error}") from error
+    model = load_pretrained(AutoModelForImageClassification, arguments.model)
     if not isinstance(model, ExtrapResNetForImageClassification):
         raise ValueError(
             f"model {arguments.model!r} is a {type(model).__name__}; allowed: an ExtrapResNetForImageClassification, "

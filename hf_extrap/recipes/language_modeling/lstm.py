@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, ini
 from transformers.utils import ModelOutput
 
 from hf_extrap.recipes.language_modeling.vocabulary_head import VocabularyHead
+from hf_extrap.recipes.task import check_fields
 
 #: (h, c), each (layers, batch, hidden): the recurrent state of an LSTM.
 State = tuple[Tensor, Tensor]
@@ -27,9 +28,6 @@ class ExtrapLstmConfig(PreTrainedConfig):
         dropout: probability of dropping an element of the embeddings, between layers, and of the output.
         initializer_range: embeddings and output weights are drawn uniformly from (-range, range).
         tie_word_embeddings: share the embeddings with the output layer (Press and Wolf 2017).
-
-    Raises:
-        ValueError: if a value is not allowed.
     """
 
     model_type = "extrap_lstm"
@@ -48,46 +46,34 @@ class ExtrapLstmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is {self.dropout}; allowed: [0, 1).")
-        if self.tie_word_embeddings and self.embedding_size != self.hidden_size:
-            raise ValueError(
-                f"`embedding_size` is {self.embedding_size} with tied embeddings; allowed: `hidden_size`, "
-                f"{self.hidden_size}, or `tie_word_embeddings` false."
-            )
+        sizes = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers")
+        check_fields(
+            self,
+            **{size: (getattr(self, size) >= 1, "at least 1") for size in sizes},
+            dropout=(0 <= self.dropout < 1, "[0, 1)"),
+        )
+        fits = not self.tie_word_embeddings or self.embedding_size == self.hidden_size
+        allowed = f"`hidden_size`, {self.hidden_size}, for tied embeddings, or `tie_word_embeddings` false"
+        check_fields(self, embedding_size=(fits, allowed))
         super().__post_init__(**kwargs)
 
 
 @dataclass
 class ExtrapLstmOutput(ModelOutput):
-    """Output of `ExtrapLstmModel`.
-
-    Attributes:
-        last_hidden_state: (batch, length, hidden_size), after dropout.
-        cache_params: state after the last token.
-    """
-
-    last_hidden_state: Tensor | None = None
-    cache_params: State | None = None
-
-
-@dataclass
-class ExtrapLstmCausalLMOutput(ModelOutput):
-    """Output of `ExtrapLstmForCausalLM`.
+    """Output of `ExtrapLstmModel`, the hidden states and the state, and of `ExtrapLstmForCausalLM`, all others.
 
     Attributes:
         loss: mean cross entropy in nats over the targets (with labels).
         logits: (batch, length, vocab_size) (without labels).
         token_losses: (batch, length - 1) fp32, detached; 0 where the label is -100 (with labels).
+        last_hidden_state: (batch, length, hidden_size), after dropout.
         cache_params: state after the last token read.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     token_losses: Tensor | None = None
+    last_hidden_state: Tensor | None = None
     cache_params: State | None = None
 
 
@@ -119,13 +105,8 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.lstm = nn.LSTM(
-            config.embedding_size,
-            config.hidden_size,
-            config.num_hidden_layers,
-            batch_first=True,
-            dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
-        )
+        layers, dropout = config.num_hidden_layers, config.dropout if config.num_hidden_layers > 1 else 0.0
+        self.lstm = nn.LSTM(config.embedding_size, config.hidden_size, layers, batch_first=True, dropout=dropout)
         self.post_init()
 
     def forward(
@@ -142,11 +123,10 @@ class ExtrapLstmModel(ExtrapLstmPreTrainedModel):
 
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
-            attention_mask: (batch, length or more), 1 for a token, 0 for padding, which leaves the state unchanged.
-                Only the last `length` columns are used.
+            attention_mask: (batch, length or more), of which the last `length` columns are used; 0 for padding, which
+                leaves the state unchanged.
             cache_params: initial state; default: zeros.
-            use_cache: False omits the state. `config.use_cache` is ignored: the Trainer disables it to save the memory
-                of attention caches, and this state is small.
+            use_cache: False omits the state. `config.use_cache`, which the Trainer disables, is ignored.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` and `inputs_embeds` are both given or both None; allowed: exactly one.")
@@ -209,13 +189,11 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
-    ) -> ExtrapLstmCausalLMOutput | tuple[Any, ...]:
+    ) -> ExtrapLstmOutput | tuple[Any, ...]:
         """Compute logits, or the loss of the labels.
 
         Args:
-            input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, embedding_size).
-            attention_mask: (batch, length or more), 0 for padding.
-            cache_params: initial state; default: zeros.
+            input_ids, attention_mask, cache_params, inputs_embeds: see `ExtrapLstmModel.forward`.
             labels: (batch, length) int64, position i is predicted from the tokens before it; -100 and the first
                 position are ignored.
             logits_to_keep: number of last positions to compute logits of; 0 for all.
@@ -224,8 +202,8 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             ValueError: if labels differ in shape from the input, or have fewer than two positions.
         """
         if labels is not None:
-            given = inputs_embeds if input_ids is None else input_ids
-            shape = labels.shape if given is None else given.shape[:2]
+            tokens = inputs_embeds if input_ids is None else input_ids
+            shape = labels.shape if tokens is None else tokens.shape[:2]
             if labels.shape != shape or shape[1] < 2:
                 raise ValueError(
                     f"labels have shape {tuple(labels.shape)} and the input {tuple(shape)}; allowed: equal shapes with "
@@ -234,45 +212,16 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
             input_ids = None if input_ids is None else input_ids[:, :-1]
             inputs_embeds = None if inputs_embeds is None else inputs_embeds[:, :-1]
             attention_mask = None if attention_mask is None else attention_mask[:, :-1]
-        read = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            cache_params=cache_params,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-        )
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        read = self.model(**given, cache_params=cache_params, use_cache=use_cache)
         loss = logits = token_losses = None
         if labels is None:
             logits = self.lm_head(read.last_hidden_state[:, -logits_to_keep:])
         else:
             loss, token_losses = self.lm_head(read.last_hidden_state, labels[:, 1:])
-        result = ExtrapLstmCausalLMOutput(
-            loss=loss, logits=logits, token_losses=token_losses, cache_params=read.cache_params
-        )
+        result = ExtrapLstmOutput(loss, logits, token_losses, cache_params=read.cache_params)
         return result.to_tuple() if return_dict is False else result
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cache_params: State | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Select the next input of `forward`: the last token if there is a state, otherwise all tokens."""
-        inputs: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "cache_params": cache_params,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep or 0,
-        }
-        if inputs_embeds is not None and cache_params is None:
-            return {"inputs_embeds": inputs_embeds, **inputs}
-        return {"input_ids": input_ids if cache_params is None else input_ids[:, -1:], **inputs}
-
     def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
-        """Select the rows of the state that belong to the surviving beams."""
         h, c = (part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
         return h, c

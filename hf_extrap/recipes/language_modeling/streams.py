@@ -29,8 +29,8 @@ class StreamDataset(Dataset):
         ids: (tokens + 1,) integers; the first is context only.
         streams: number of parallel streams.
         seq_len: targets of a chunk (the length of backpropagation through time).
-        complete: include every token: the last chunks are padded, with labels -100. Otherwise the tokens that do not
-            fill a chunk in every stream are dropped, as is usual for training.
+        complete: pad the last chunks, with labels -100, instead of dropping the tokens that do not fill a chunk in
+            every stream.
         name: name of the split in errors.
 
     Raises:

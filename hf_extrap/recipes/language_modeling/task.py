@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,45 +29,33 @@ from hf_extrap.recipes.data import DataArguments, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
 from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
-from hf_extrap.recipes.task import PreparedTask, parameter_count
+from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
+from hf_extrap.training.arguments import described
 
 LSTM = "extrap_lstm"
 
 
 @dataclass
 class LanguageModelingArguments(DataArguments):
-    """Fields of the task `language_modeling`.
+    """Fields of the task `language_modeling`; new models but the LSTM take `config_overrides`."""
 
-    The shape fields apply to a new LSTM; other new models take `config_overrides`.
-
-    Raises:
-        ValueError: if a value is not allowed.
-    """
-
-    seq_len: int = field(default=30, metadata={"help": "Targets of a chunk: length of backpropagation through time."})
-    vocab_size: int | None = field(
-        default=None, metadata={"help": "Limit of the word-level vocabulary; default: all words of the three splits."}
+    seq_len: int = described(30, "Targets of a chunk: length of backpropagation through time.")
+    vocab_size: int | None = described(
+        None, "Limit of the word-level vocabulary; default: all words of the three splits."
     )
-    model_type: str = field(default=LSTM, metadata={"help": "Architecture of a new model: any causal model."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Configuration of a new model, such as 'n_embd=128,n_layer=2'."}
-    )
-    from_scratch: bool = field(default=False, metadata={"help": "Use the configuration of `model`, not its weights."})
-    embedding_size: int | None = field(default=None, metadata={"help": "LSTM: default is `hidden_size`."})
-    hidden_size: int = field(default=650, metadata={"help": "LSTM: units of a layer."})
-    num_hidden_layers: int = field(default=3, metadata={"help": "LSTM: layers."})
-    dropout: float = field(
-        default=0.4, metadata={"help": "LSTM: dropout of the embeddings, between layers, and of the output."}
-    )
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "LSTM: share embeddings and output weights."})
-    unigram_bias: bool = field(
-        default=False, metadata={"help": "LSTM: initialize the output bias with the words' log frequencies in train."}
-    )
+    model_type: str = described(LSTM, "Architecture of a new model: any causal model.")
+    config_overrides: str | None = described(None, "Configuration of a new model, such as 'n_embd=128,n_layer=2'.")
+    from_scratch: bool = described(False, "Use the configuration of `model`, not its weights.")
+    embedding_size: int | None = described(None, "LSTM: default is `hidden_size`.")
+    hidden_size: int = described(650, "LSTM: units of a layer.")
+    num_hidden_layers: int = described(3, "LSTM: layers.")
+    dropout: float = described(0.4, "LSTM: dropout of the embeddings, between layers, and of the output.")
+    tie_word_embeddings: bool = described(True, "LSTM: share embeddings and output weights.")
+    unigram_bias: bool = described(False, "LSTM: initialize the output bias with the words' log frequencies in train.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seq_len < 1:
-            raise ValueError(f"`seq_len` is {self.seq_len}; allowed: at least 1.")
+        check_fields(self, seq_len=(self.seq_len >= 1, "at least 1"))
         if self.model is None and self.from_scratch:
             raise ValueError("`from_scratch` is true and `model` is null; allowed: true only with a `model`.")
         if self.unigram_bias and (self.model is not None or self.model_type != LSTM):
@@ -91,12 +80,7 @@ class LanguageModelingTask:
         }
 
     def prepare(self, arguments: LanguageModelingArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and tokenize the text (main process first), and build the model, streams and metric.
-
-        Raises:
-            FileNotFoundError: if data or model is missing.
-            ValueError: if data, model and training arguments do not fit together.
-        """
+        """Load and tokenize the text (main process first), and build the model, streams and metric."""
         config, tokenizer = _load_config(arguments.model) if arguments.model is not None else (None, None)
         with training_arguments.main_process_first(desc="text data"):
             splits = load_splits(arguments, columns=("text",), builtin=builtin_text)
@@ -161,8 +145,9 @@ def _build_model(
     arguments: LanguageModelingArguments, config: PreTrainedConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The pretrained model of `arguments.model`, or a new one of its configuration or of `arguments.model_type`."""
-    name = str(arguments.model)
-    if config is not None and not arguments.from_scratch and _has_weights(name):
+    name, folder = str(arguments.model), Path(str(arguments.model))
+    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if config is not None and not arguments.from_scratch and has_weights:
         if arguments.config_overrides:
             raise ValueError(
                 "`config_overrides` is given with a pretrained `model`; allowed: with `from_scratch` true."
@@ -179,12 +164,9 @@ def _build_model(
         shape = {field: getattr(arguments, field) for field in fields}
         config = AutoConfig.for_model(LSTM, embedding_size=arguments.embedding_size or arguments.hidden_size, **shape)
     elif config is None:
-        try:
-            config = AutoConfig.for_model(arguments.model_type)
-        except ValueError as error:
-            raise ValueError(
-                f"`model_type` is {arguments.model_type!r}; allowed: {LSTM!r}, or a type of AutoConfig, such as 'gpt2'."
-            ) from error
+        known = arguments.model_type in CONFIG_MAPPING
+        check_fields(arguments, model_type=(known, f"{LSTM!r}, or a type of AutoConfig, such as 'gpt2'"))
+        config = AutoConfig.for_model(arguments.model_type)
     if arguments.config_overrides:
         config.update_from_string(arguments.config_overrides)
     config.vocab_size = len(tokenizer)
@@ -193,20 +175,13 @@ def _build_model(
     return AutoModelForCausalLM.from_config(config)
 
 
-def _has_weights(name: str) -> bool:
-    folder = Path(name)
-    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
 def _check_order(
     model: PreTrainedModel, arguments: LanguageModelingArguments, training_arguments: TrainingArguments
 ) -> None:
     """Refuse chunks that the model cannot read, and a recurrent state that is carried to the wrong chunk."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and arguments.seq_len + 1 > limit:
-        raise ValueError(
-            f"`seq_len` is {arguments.seq_len}; allowed: at most {limit - 1}, by the positions of the model."
-        )
+    fits = limit is None or arguments.seq_len + 1 <= limit
+    check_fields(arguments, seq_len=(fits, f"at most {(limit or 0) - 1}, by the positions of the model"))
     if not getattr(training_arguments, "carry_state", False):
         return
     if model.config.model_type != LSTM:
@@ -216,7 +191,7 @@ def _check_order(
         )
     if training_arguments.train_sampling_strategy != "sequential":
         raise ValueError(
-            "`carry_state` needs the chunks of a stream in order: set `train_sampling_strategy` to 'sequential'."
+            "`carry_state` needs a stream's chunks in order: set `train_sampling_strategy` to 'sequential'."
         )
 
 
@@ -224,17 +199,13 @@ def _check_order(
 def set_unigram_bias(head: VocabularyHead, ids: np.ndarray) -> None:
     """Set the output bias to log((count + 1/2) / total), so that training starts from the unigram model."""
     counts = torch.bincount(torch.from_numpy(ids[1:].astype(np.int64)), minlength=head.out_features).float() + 0.5
-    with _gathered(head.bias):
+    gathered: AbstractContextManager[Any] = nullcontext()
+    if hasattr(head.bias, "ds_id"):  # ZeRO-3 has partitioned it
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters([head.bias], modifier_rank=0)
+    with gathered:
         head.bias.copy_((counts / counts.sum()).log())
-
-
-def _gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """Gather a parameter that ZeRO-3 has partitioned, to write it."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def sum_token_losses(outputs: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -62,11 +62,8 @@ def word_level_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Build a tokenizer of all words of all splits, `<unk>` and `<eos>`.
 
-    It pads on the left, for generation, with `<eos>`; the attention mask marks padding.
-
-    Args:
-        splits: rows with a column `text`; all splits count, as in the published vocabulary of WikiText-2 (33,278).
-        vocab_size: limit of the vocabulary: the words most frequent in `train`; others become `<unk>`.
+    It pads on the left, for generation, with `<eos>`; the attention mask marks padding. All splits count, as in the
+    published vocabulary of WikiText-2 (33,278). Of more than `vocab_size`, the words most frequent in `train` are kept.
 
     Raises:
         ValueError: if `vocab_size` is less than 3.
@@ -100,13 +97,8 @@ def token_streams(
 ) -> tuple[PreTrainedTokenizerBase, dict[str, np.ndarray]]:
     """Encode every split as one stream of token ids, cached under a fingerprint of the rows and the settings.
 
-    Each row ends with the end-of-text token; another one precedes the first row, so that every token is a target.
-
-    Args:
-        splits: rows with a column `text`.
-        cache_root: folder of the cache.
-        tokenizer: default: a word-level tokenizer of the splits.
-        vocab_size: limit of the word-level vocabulary.
+    Each row ends with the end-of-text token; another one precedes the first row, so that every token is a target. The
+    default tokenizer is a word-level one of the splits, of at most `vocab_size` words.
 
     Returns:
         The tokenizer, and for each split its ids, (tokens + 1,) int32, mapped from disk.

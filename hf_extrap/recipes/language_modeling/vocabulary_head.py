@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         count, vocab_size = len(targets), len(weight)
         counted = targets != IGNORED
@@ -59,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = counted.sum().clamp(min=1)
         losses = torch.zeros(count, dtype=torch.float32, device=hidden.device)
         w = weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
+        b = bias.to(dtype)
         # Zeros in place of ignored rows.
         masked = hidden * counted.unsqueeze(1)
         ones = counted.to(dtype)
@@ -67,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
 
         size = min(max(CHUNK_ELEMENTS.get(hidden.device.type, 1 << 25) // vocab_size, 1), max(count, 1))
         buffer = hidden.new_empty(size, vocab_size)
@@ -77,10 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, min(start + size, count))
             h, label = hidden[rows], labels[rows].unsqueeze(1)
             logits = buffer[: len(h)]
-            if b is None:
-                torch.mm(h, w.t(), out=logits)
-            else:
-                torch.addmm(b, h, w.t(), out=logits)
+            torch.addmm(b, h, w.t(), out=logits)
             chosen = logits.gather(1, label).squeeze(1).float()
             if probabilities is None:
                 losses[rows] = torch.logsumexp(logits.float(), 1) - chosen
@@ -100,7 +97,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden *= ones.unsqueeze(1)
         losses *= counted
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, total, hidden, weight, bias, targets)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.spent = False
         ctx.mark_non_differentiable(losses)
         return losses.sum() / total, losses
@@ -117,23 +113,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * scale).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(scale).to(ctx.dtypes[0])
+            grad_weight = grad_weight.mul_(scale).to(weight.dtype)
         if grad_bias is not None:
-            grad_bias = grad_bias.mul_(scale).to(ctx.dtypes[1])
+            grad_bias = grad_bias.mul_(scale).to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _differentiable_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, scale: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of scale times the sum of the losses, by operations that autograd can differentiate."""
     counted = targets != IGNORED
     w = weight.to(hidden.dtype)
-    logits = F.linear(hidden, w, None if bias is None else bias.to(hidden.dtype))
+    logits = F.linear(hidden, w, bias.to(hidden.dtype))
     errors = torch.softmax(logits, 1) - F.one_hot(targets.clamp(min=0), len(weight))
     errors = errors * (counted.unsqueeze(1) * scale).to(hidden.dtype)
-    return (
-        errors @ w,
-        (errors.t() @ hidden).to(weight.dtype),
-        None if bias is None else errors.sum(0).to(bias.dtype),
-    )
+    return errors @ w, (errors.t() @ hidden).to(weight.dtype), errors.sum(0).to(bias.dtype)

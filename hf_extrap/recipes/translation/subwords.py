@@ -9,27 +9,21 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, BOS, UNK = "<pad>", "</s>", "<s>", "<unk>"
 #: Bytes and special tokens: the vocabulary before the first merge.
-SMALLEST_VOCABULARY = 256 + 4
+SMALLEST = 256 + 4
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, model_max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on the texts of both languages.
 
     Decoding restores every text exactly, including unseen characters. Encoding appends `</s>`; `<s>` only starts the
-    decoder. A word has the same ids at the start of a sentence and within it.
-
-    Args:
-        texts: sentences of both languages.
-        vocab_size: number of tokens; a small corpus may give fewer.
-        model_max_length: limit of `truncation=True`, in tokens.
+    decoder. A word has the same ids at the start of a sentence and within it. A small corpus may give fewer tokens than
+    `vocab_size`; `model_max_length`, in tokens, is the limit of `truncation=True`.
 
     Raises:
         ValueError: if `vocab_size` is too small for the bytes and the special tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"`vocab_size` is {vocab_size}; allowed: at least {SMALLEST_VOCABULARY} (bytes, special tokens)."
-        )
+    if vocab_size < SMALLEST:
+        raise ValueError(f"`vocab_size` is {vocab_size}; allowed: at least {SMALLEST} (bytes, special tokens).")
     tokenizer = Tokenizer(models.BPE())
     # A space before the first word gives it the same token as elsewhere; the decoder removes exactly one space.
     tokenizer.normalizer = normalizers.Prepend(" ")

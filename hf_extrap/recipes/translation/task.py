@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import tokenizers
 from transformers import (
@@ -19,14 +19,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_extrap.recipes.data import DataArguments, cached_folder, content_fingerprint
-from hf_extrap.recipes.task import PreparedTask, parameter_count
+from hf_extrap.recipes.data import DataArguments, cached_folder, content_fingerprint, load_pretrained
+from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
 from hf_extrap.recipes.translation.sentence_pairs import sentence_pairs
 from hf_extrap.recipes.translation.subwords import train_bpe
 from hf_extrap.recipes.translation.token_batches import FullBatches, TokenBatches, UnwrappingCollator
+from hf_extrap.training.arguments import described
 from hf_extrap.training.extras import extra
 
-if TYPE_CHECKING:
+with extra("recipes"):
     import datasets
 
 #: Increase it when the format of prepared data changes.
@@ -37,50 +38,41 @@ LONGEST_REFERENCE = 1024
 
 @dataclass
 class TranslationArguments(DataArguments):
-    """Fields of the task `translation`: languages, batches, generation, and a new model.
+    """Fields of the task `translation`: languages, batches, generation, and a new model."""
 
-    Raises:
-        ValueError: if a value is not allowed.
-    """
-
-    source_lang: str = field(default="en", metadata={"help": "Key of the source sentences in the data."})
-    target_lang: str = field(default="de", metadata={"help": "Key of the target sentences in the data."})
-    vocab_size: int = field(default=8000, metadata={"help": "Tokens of the joint byte-level BPE."})
-    max_length: int = field(
-        default=128, metadata={"help": "Limit in tokens of sources and training targets; longer ones are truncated."}
-    )
-    batch_tokens: int = field(
-        default=4096, metadata={"help": "Limit of a worker's training batch, in tokens of one side with padding."}
-    )
-    num_beams: int = field(default=5, metadata={"help": "Beams of the final evaluation on the test split."})
-    length_penalty: float = field(default=1.0, metadata={"help": "Exponent of the length in beam search."})
-    d_model: int = field(default=512, metadata={"help": "Width of a new model."})
-    encoder_layers: int = field(default=6, metadata={"help": "Encoder layers of a new model."})
-    decoder_layers: int = field(default=6, metadata={"help": "Decoder layers of a new model."})
-    attention_heads: int = field(default=8, metadata={"help": "Attention heads of a new model."})
-    ffn_dim: int = field(default=2048, metadata={"help": "Inner width of the feed-forward layers."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of a new model."})
-    attention_dropout: float = field(default=0.0, metadata={"help": "Dropout of the attention weights."})
-    activation_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the feed-forward layers."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention kernel, such as eager or sdpa; default: the model's choice."}
+    source_lang: str = described("en", "Key of the source sentences in the data.")
+    target_lang: str = described("de", "Key of the target sentences in the data.")
+    vocab_size: int = described(8000, "Tokens of the joint byte-level BPE.")
+    max_length: int = described(128, "Limit in tokens of sources and training targets; longer ones are truncated.")
+    batch_tokens: int = described(4096, "Limit of a worker's training batch, in tokens of one side with padding.")
+    num_beams: int = described(5, "Beams of the final evaluation on the test split.")
+    length_penalty: float = described(1.0, "Exponent of the length in beam search.")
+    d_model: int = described(512, "Width of a new model.")
+    encoder_layers: int = described(6, "Encoder layers of a new model.")
+    decoder_layers: int = described(6, "Decoder layers of a new model.")
+    attention_heads: int = described(8, "Attention heads of a new model.")
+    ffn_dim: int = described(2048, "Inner width of the feed-forward layers.")
+    dropout: float = described(0.1, "Dropout of a new model.")
+    attention_dropout: float = described(0.0, "Dropout of the attention weights.")
+    activation_dropout: float = described(0.0, "Dropout inside the feed-forward layers.")
+    attn_implementation: str | None = described(
+        None, "Attention kernel, such as eager or sdpa; default: the model's choice."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source_lang == self.target_lang:
             raise ValueError(f"`source_lang` and `target_lang` are both {self.source_lang!r}; allowed: two languages.")
-        at_least = dict.fromkeys(("num_beams", "encoder_layers", "decoder_layers", "attention_heads", "ffn_dim"), 1)
-        for name, least in {**at_least, "max_length": 2, "batch_tokens": self.max_length}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: at least {least}.")
-        if self.d_model < 1 or self.d_model % self.attention_heads:
-            raise ValueError(
-                f"`d_model` is {self.d_model}; allowed: multiples of `attention_heads`, {self.attention_heads}."
-            )
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; allowed: [0, 1).")
+        least = dict.fromkeys(("num_beams", "encoder_layers", "decoder_layers", "attention_heads", "ffn_dim"), 1)
+        least |= {"max_length": 2, "batch_tokens": self.max_length}
+        shares = ("dropout", "attention_dropout", "activation_dropout")
+        heads, divides = self.attention_heads, self.attention_heads >= 1 and self.d_model % self.attention_heads == 0
+        check_fields(
+            self,
+            **{name: (getattr(self, name) >= count, f"at least {count}") for name, count in least.items()},
+            d_model=(self.d_model >= 1 and divides, f"multiples of `attention_heads`, {heads}"),
+            **{name: (0.0 <= getattr(self, name) < 1.0, "[0, 1)") for name in shares},
+        )
 
 
 class TranslationTask:
@@ -91,10 +83,9 @@ class TranslationTask:
     seq2seq: ClassVar[bool] = True
 
     def training_defaults(self) -> dict[str, Any]:
-        """Return defaults for batches counted in tokens and for BLEU.
+        """Return defaults for batches counted in tokens and for BLEU; with `predict_with_generate` false, for the loss.
 
-        With `predict_with_generate: false` the leading metric is the loss. Evaluations during training decode greedily
-        (`generation_num_beams=1`); the final one uses `num_beams`.
+        Evaluations during training decode greedily (`generation_num_beams=1`); the final one uses `num_beams`.
         """
         return {
             "predict_with_generate": True,
@@ -107,12 +98,7 @@ class TranslationTask:
         }
 
     def prepare(self, arguments: TranslationArguments, training_arguments: TrainingArguments) -> PreparedTask:
-        """Load and encode the pairs (main process first), and build model, collator and metrics.
-
-        Raises:
-            FileNotFoundError: if data or model is missing.
-            ValueError: if the data cannot be used, or the batch size is not 1.
-        """
+        """Load and encode the pairs (main process first), and build model, collator and metrics."""
         generates = getattr(training_arguments, "predict_with_generate", False)
         if generates:
             from hf_extrap.recipes.translation.bleu import TranslationMetrics, bleu_signature
@@ -184,9 +170,6 @@ def encode(
     Tokenizer and splits are cached under a hash of the sentences and of the settings. Sources and training targets
     longer than `max_length` are truncated; references are not.
     """
-    with extra("recipes"):
-        import datasets
-
     given = None if arguments.model is None else _load_tokenizer(arguments.model)
     backend = given.backend_tokenizer.to_str() if isinstance(given, PreTrainedTokenizerFast) else arguments.model
     key = content_fingerprint(
@@ -241,31 +224,23 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
         ValueError: if `model` is not a sequence-to-sequence model.
     """
     if arguments.model is not None:
-        try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(arguments.model)
-        except OSError as error:
-            raise FileNotFoundError(f"model {arguments.model!r} cannot be loaded: {error}") from error
+        model = load_pretrained(AutoModelForSeq2SeqLM, arguments.model)
     else:
+        names = "d_model encoder_layers decoder_layers dropout attention_dropout activation_dropout".split()
+        shape = {name: getattr(arguments, name) for name in names}
         model = MarianMTModel(
             MarianConfig(
                 vocab_size=len(tokenizer),
-                d_model=arguments.d_model,
-                encoder_layers=arguments.encoder_layers,
-                decoder_layers=arguments.decoder_layers,
+                **shape,
                 encoder_attention_heads=arguments.attention_heads,
                 decoder_attention_heads=arguments.attention_heads,
                 encoder_ffn_dim=arguments.ffn_dim,
                 decoder_ffn_dim=arguments.ffn_dim,
-                dropout=arguments.dropout,
-                attention_dropout=arguments.attention_dropout,
-                activation_dropout=arguments.activation_dropout,
                 activation_function="relu",
                 scale_embedding=True,
                 init_std=0.02,
                 max_position_embeddings=max(LONGEST_REFERENCE, arguments.max_length),
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
                 forced_eos_token_id=tokenizer.eos_token_id,
                 decoder_start_token_id=tokenizer.bos_token_id,
             )
@@ -281,10 +256,7 @@ def build_model(arguments: TranslationArguments, tokenizer: PreTrainedTokenizerB
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise FileNotFoundError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
+    tokenizer = load_pretrained(AutoTokenizer, name)
     if getattr(tokenizer, "src_lang", None) is not None:
         raise ValueError(
             f"model {name!r} needs language codes, which this task does not set; allowed: a model of one language pair."

@@ -30,11 +30,7 @@ class TokenBatches(Dataset):
     and resuming in the middle of an epoch work as with any other dataset. Use it with
     `per_device_train_batch_size=1` and an `UnwrappingCollator`, which caches the tensors of every batch.
 
-    Args:
-        examples: rows with `input_ids` and `labels`; read once and kept in memory.
-        batch_tokens: limit of a batch in tokens with padding, on the source and on the target side: number of
-            examples × longest source, and × longest target.
-        seed: of the shuffle.
+    `batch_tokens` limits number of examples × longest source, and number of examples × longest target, of a batch.
 
     Raises:
         ValueError: if there is no example, or one longer than `batch_tokens`.
@@ -101,15 +97,10 @@ class FullBatches(Dataset):
     `Seq2SeqTrainer` gathers predictions with `gather`, which needs equally many rows from each process and keeps the
     rows that a sampler repeats to fill the last batches. Fillers replace those rows: a filler has the source of the
     example before it and no labels, and `TranslationMetrics` leaves out rows without labels. So each example counts
-    exactly once with any number of processes.
-
-    Args:
-        examples: rows with `input_ids`, `attention_mask` and `labels`; labels must not be empty.
-        batch_size: examples in a batch of one process.
-        world_size: number of processes.
+    exactly once with any number of processes; `batch_size` is that of one process.
 
     Raises:
-        ValueError: if there are fewer examples than batches: the loss of a batch of fillers is undefined.
+        ValueError: if labels are empty, or there are fewer examples than batches: a loss of fillers is undefined.
     """
 
     def __init__(self, examples: Sequence[Mapping[str, Any]], batch_size: int, world_size: int) -> None:
@@ -140,9 +131,6 @@ class UnwrappingCollator:
     """Collates examples, or ready batches of examples, with another collator.
 
     The tensors of a ready batch that comes alone are cached for the next epochs. They must not be modified in place.
-
-    Args:
-        collator: maps a list of examples to a batch of tensors.
     """
 
     def __init__(self, collator: Callable[[list[Example]], Any]) -> None:

@@ -17,10 +17,7 @@ class Component:
     """One concern of the Trainer. `ExtrapTrainerMixin` calls each method at the point of the loop that its name says.
 
     A `TrainerCallback` cannot do the same: transformers calls none before an evaluation or a save, and `on_log` comes
-    after the row has been added to the history.
-
-    Args:
-        trainer: the Trainer, whose public attributes and methods a component uses.
+    after the row has been added to the history. A component uses the Trainer's public attributes and methods alone.
     """
 
     def __init__(self, trainer: ExtrapTrainerMixin) -> None:

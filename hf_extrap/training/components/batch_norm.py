@@ -31,7 +31,6 @@ class BatchNormStatistics(Component):
         self._recalibrated_at: list[int] | None = None
 
     def before_step(self, batches: Sequence[Inputs]) -> None:
-        """Keep the last micro-batches."""
         if self._recent.maxlen and self._has_batch_norm:
             self._recent.extend(batches)
             self._recalibrated_at = None

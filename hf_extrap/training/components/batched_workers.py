@@ -14,12 +14,7 @@ from .fresh_direction import FreshDirection, first_rows
 
 
 class WorkersInOnePass:
-    """`batch_workers`: the training loop is unchanged and gets its losses from one pass a step.
-
-    Args:
-        trainer: the Trainer.
-        fresh: gives the step's micro-batches and the samples of a fresh direction.
-    """
+    """`batch_workers`: the training loop is unchanged and gets its losses from one pass a step."""
 
     def __init__(self, trainer: Any, fresh: FreshDirection) -> None:
         self.trainer = trainer

@@ -21,19 +21,15 @@ EVALUATION = "evaluation"
 class CarriedState(Component):
     """The recurrent states `cache_params` of each slot, detached: (layers, batch, hidden) each.
 
-    A slot is a virtual worker of this process, or the evaluation.
-
-    Attributes:
-        worker: the virtual worker whose pass is next.
+    A slot is a virtual worker of this process, or the evaluation; `worker` is the one whose pass is next.
     """
 
     worker = 0
     _frozen = False
-    _states: dict[str, State]
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        self._states = {}
+        self._states: dict[str, State] = {}
 
     def slot(self, training: bool) -> str:
         """The slot of the next pass."""
@@ -56,9 +52,9 @@ class CarriedState(Component):
         rows = inputs["input_ids"].shape[0]
         state = self._states[slot]
         if rows > state[0].shape[1]:
+            sizes = f"a batch has {rows} rows and the carried state of {slot!r} has {state[0].shape[1]}"
             raise ValueError(
-                f"a batch has {rows} rows and the carried state of {slot!r} has {state[0].shape[1]}; allowed with "
-                "carry_state: batches that hold the next chunk of the same streams."
+                f"{sizes}; allowed with carry_state: batches that hold the next chunk of the same streams."
             )
         return {**inputs, "cache_params": tuple(part[:, :rows].contiguous() for part in state)}
 
@@ -110,5 +106,4 @@ class CarriedState(Component):
         return RankState({"carried": self.tensors()})
 
     def load(self, state: RankState) -> None:
-        """The inverse of `state`."""
         self.set_tensors(state.tensors.get("carried", {}))

@@ -6,10 +6,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.training.checkpoints import RankState
@@ -22,15 +22,7 @@ logger = logging.getLogger(__name__)
 NO_EFFECT = 0.01
 """Displacement, as a share of the optimizer's step, below which extrapolation changes next to nothing."""
 
-AVERAGED = (
-    "displacement_norm",
-    "step_length",
-    "step_size",
-    "direction_cosine",
-    "gradient_square",
-    "pass_square",
-    "passes",
-)
+AVERAGED = tuple("displacement_norm step_length step_size direction_cosine gradient_square pass_square passes".split())
 """Statistics that are averaged over processes."""
 
 
@@ -39,12 +31,9 @@ class GradientNoiseScale:
     """The batch size, in the units of `small_batch`, up to which a larger batch still pays: B = tr(Σ) / ‖G‖².
 
     Gradients at two batch sizes give unbiased estimates of both parts; each is smoothed over the measurements, since
-    their quotient is biased.
+    their quotient is biased, with the weight `smoothing` of the past.
 
     Source: McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1.
-
-    Attributes:
-        smoothing: weight of the past in the moving averages.
     """
 
     smoothing: float = 0.9
@@ -53,14 +42,7 @@ class GradientNoiseScale:
     _weight: float = 0.0
 
     def update(self, small_square: float, large_square: float, small_batch: float, large_batch: float) -> None:
-        """Take one measurement.
-
-        Args:
-            small_square: mean of ‖g‖² over the workers' gradients.
-            large_square: ‖ḡ‖² of their average.
-            small_batch: samples of one worker.
-            large_batch: samples of all workers, more than `small_batch`.
-        """
+        """Take the mean of ‖g‖² over workers of `small_batch` samples, and ‖ḡ‖² of their average over `large_batch`."""
         signal = (large_batch * large_square - small_batch * small_square) / (large_batch - small_batch)
         noise = (small_square - large_square) / (1 / small_batch - 1 / large_batch)
         self._signal = self.smoothing * self._signal + (1 - self.smoothing) * signal
@@ -162,11 +144,7 @@ class Diagnostics(Component):
         trainer = self.trainer
         # DeepSpeed passes backward through its own wrapper only.
         model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-        was_training = model.training
-
-        def loss() -> Tensor:
-            return trainer.loss_of(inputs, state, model)
-
+        was_training, loss = model.training, partial(trainer.loss_of, inputs, state, model)
         model.eval()
         try:
             with torch.no_grad():
@@ -180,13 +158,11 @@ class Diagnostics(Component):
             model.train(was_training)
         losses = torch.stack([at_x.detach().float(), at_y.detach().float()])
         means = trainer.accelerator.reduce(losses, "mean").tolist()
-        return {"loss_at_x": means[0], "loss_at_y": means[1]}
+        return dict(zip(("loss_at_x", "loss_at_y"), means, strict=True))
 
     def state(self) -> RankState:
-        """The gradient noise scale."""
         return RankState(facts={"noise_scale": self._noise_scale.state()})
 
     def load(self, state: RankState) -> None:
-        """The inverse of `state`."""
         if "noise_scale" in state.facts:
             self._noise_scale.load_state(state.facts["noise_scale"])

@@ -28,7 +28,6 @@ class Directions(Component):
         return RankState(tensors, {"owner": local["owner"]})
 
     def load(self, state: RankState) -> None:
-        """The inverse of `state`."""
         optimizer = self.trainer.extrapolated
         if optimizer is not None and "owner" in state.facts and not self._is_alone:
             named = {name: state.tensors.get(name, {}) for name in GROUPS}

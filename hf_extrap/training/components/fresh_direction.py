@@ -42,13 +42,7 @@ class FreshDirection(Component):
         return self.batches, None
 
     def probe(self, model: nn.Module, optimizer: Extrapolated, worker: int) -> None:
-        """Take the gradient at x of one worker, or of all for a global direction.
-
-        Args:
-            model: the wrapped model.
-            optimizer: the wrapper, which stores the direction.
-            worker: the virtual worker whose pass at y is next.
-        """
+        """Take the gradient at x of the worker whose pass at y is next, or of all workers for a global direction."""
         carried, config = self.trainer.carried, self.trainer.extrap_config
         current, first = carried.tensors(), carried.worker
         micro_batches = range(len(self.batches))
@@ -104,7 +98,6 @@ class FreshDirection(Component):
         return RankState({"step_batches": batches, "step_states": self._states})
 
     def load(self, state: RankState) -> None:
-        """The inverse of `state`."""
         device = self.trainer.args.device
         batches: dict[int, Inputs] = {}
         for key, value in state.tensors.get("step_batches", {}).items():

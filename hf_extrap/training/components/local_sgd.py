@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
 from hf_extrap.training.checkpoints import local_sgd_file
 
@@ -57,16 +56,17 @@ class LocalSteps(Component):
             # An interrupted training may have left it local.
             local.stop()
         elif not local.is_local or optimizer.config.is_active(optimizer.step_count):
-            _end_extrapolation(optimizer, start)
+            if optimizer.config.is_active(optimizer.step_count):
+                # Skipped steps do not count.
+                end = min(start, optimizer.step_count)
+                optimizer.config = dataclasses.replace(optimizer.config, end_step=end)
+            optimizer.statistics = {}
             local.start()
             if self.trainer.is_world_process_zero():
                 workers = args.world_size * local.virtual_workers
-                (logger.info if workers > 1 else logger.warning)(
-                    "from step %d on each of %d workers steps by itself, and every %d steps they are averaged",
-                    state.global_step,
-                    workers,
-                    local.local_steps,
-                )
+                message = "from step %d on each of %d workers steps by itself, and every %d steps they are averaged"
+                level = logging.INFO if workers > 1 else logging.WARNING
+                logger.log(level, message, state.global_step, workers, local.local_steps)
 
     @contextmanager
     def step(self, model: nn.Module, micro_batch: int) -> Iterator[None]:
@@ -89,7 +89,6 @@ class LocalSteps(Component):
             local.settle()
 
     def before_save(self, is_checkpoint: bool) -> None:
-        """As before an evaluation."""
         self.before_evaluate()
 
     def average(self) -> None:
@@ -114,12 +113,3 @@ class LocalSteps(Component):
         found = next((file for file in files if file.is_file()), None)
         if (local := self.optimizer) is not None and found is not None:
             local.load_local_state_dict(torch.load(found, map_location="cpu", weights_only=True))
-
-
-def _end_extrapolation(optimizer: Extrapolated, start: int) -> None:
-    """Let no step from this one on extrapolate."""
-    config = optimizer.config
-    if config.is_active(optimizer.step_count):
-        # Skipped steps do not count.
-        optimizer.config = dataclasses.replace(config, end_step=min(start, optimizer.step_count))
-    optimizer.statistics = {}

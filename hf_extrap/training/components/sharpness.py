@@ -33,10 +33,8 @@ class Sharpness(Component):
     """Logs `extrap/sharpness`, λ_max(H), and for Adam-like bases `extrap/preconditioned_sharpness`, λ_max(P^½ H P^½).
 
     H is the Hessian, at x, of the mean loss of the last `sharpness_batches` training micro-batches of every process,
-    without dropout and with BatchNorm's statistics of each batch. A measurement does not change the training.
-
-    Attributes:
-        recent: those micro-batches, each with the recurrent state that its worker begins with.
+    without dropout and with BatchNorm's statistics of each batch. A measurement does not change the training. `recent`
+    holds those micro-batches, each with the recurrent state that its worker begins with.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -45,7 +43,6 @@ class Sharpness(Component):
         self._measured_at = -1
 
     def before_step(self, batches: Sequence[Inputs]) -> None:
-        """Keep the last micro-batches."""
         if self.recent.maxlen:
             carried = self.trainer.carried
             self.recent.extend((dict(inputs), carried.of(f"worker {i}")) for i, inputs in enumerate(batches))
@@ -58,10 +55,7 @@ class Sharpness(Component):
             self.trainer.log(self._measured())
 
     def mean_loss(
-        self,
-        samples: Sequence[Sample],
-        differentiation: Differentiation = "autograd",
-        batch_norm: BatchNorm = "batch",
+        self, samples: Sequence[Sample], differentiation: Differentiation = "autograd", batch_norm: BatchNorm = "batch"
     ) -> MeanLoss:
         """The mean of the Trainer's loss over batches, each with its recurrent state, and over processes."""
         return MeanLoss(
@@ -74,12 +68,9 @@ class Sharpness(Component):
         )
 
     def samples(self, loader: Iterable[Inputs], count: int, streams: int = 1) -> list[Sample]:
-        """The first batches of a loader, each with the recurrent state that the model reaches it with.
+        """The first `count` batches of a loader, each with the recurrent state that the model reaches it with.
 
-        Args:
-            loader: gives the batches.
-            count: how many at most.
-            streams: number of workers that take the batches in turn, each with its own state.
+        `streams` workers take the batches in turn, each with its own state.
         """
         trainer, carried = self.trainer, self.trainer.carried
         samples: list[Sample] = []

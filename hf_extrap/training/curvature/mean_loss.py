@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -78,7 +79,7 @@ class MeanLoss:
 
     @property
     def point(self) -> Tensor:
-        """The parameters, copied into one vector."""
+        """The parameters, copied into one vector, (n,)."""
         return flatten(self.parameters)
 
     def value(self) -> float:
@@ -92,7 +93,7 @@ class MeanLoss:
         total = torch.zeros_like(self.point)
         with torch.enable_grad(), self._measuring():
             for batch in self.batches:
-                total += flatten(torch.autograd.grad(self.loss(batch), self.parameters, materialize_grads=True))
+                total += flatten(grad(self.loss(batch), self.parameters, materialize_grads=True))
         return self._average(total / len(self.batches))
 
     def hessian_product(self, vector: Tensor) -> Tensor:
@@ -120,13 +121,7 @@ class MeanLoss:
         return float(error.norm() / product.norm())
 
     def along(self, direction: Tensor, lengths: Sequence[float], tick: Callable[[], Any] = lambda: None) -> list[float]:
-        """The mean loss at x + length · direction.
-
-        Args:
-            direction: (n,).
-            lengths: multiples of it.
-            tick: called after each.
-        """
+        """The mean loss at x + length · direction, (n,), for each length; `tick` is called after each."""
         values = []
         for length in lengths:
             with self._moved(length * direction):
@@ -142,15 +137,9 @@ class MeanLoss:
                 for batch in self.batches:
                     curved = [(g, v) for g, v in zip(self._graph_of(batch), parts, strict=True) if g.requires_grad]
                     if curved:
-                        total += flatten(
-                            torch.autograd.grad(
-                                [g for g, _ in curved],
-                                self.parameters,
-                                [v for _, v in curved],
-                                retain_graph=len(self.batches) == 1,
-                                materialize_grads=True,
-                            )
-                        )
+                        gradient, vectors = zip(*curved, strict=True)
+                        keep = len(self.batches) == 1
+                        total += flatten(grad(gradient, self.parameters, vectors, keep, materialize_grads=True))
         except (RuntimeError, NotImplementedError) as error:
             if "derivative" not in str(error) and "differentiate twice" not in str(error):
                 raise
@@ -163,7 +152,7 @@ class MeanLoss:
         if self._graph is not None and self._graph[0] == versions:
             return self._graph[1]
         self._graph = None
-        gradient = torch.autograd.grad(self.loss(batch), self.parameters, create_graph=True, materialize_grads=True)
+        gradient = grad(self.loss(batch), self.parameters, create_graph=True, materialize_grads=True)
         if not self._checked:
             _refuse_once_differentiable(gradient)
             self._checked = True

@@ -13,8 +13,15 @@ from PIL import Image
 from transformers import EvalPrediction, TrainingArguments
 
 from hf_extrap.recipes import get_task
-from hf_extrap.recipes.image_classification.augmentation import Augmentation, random_crop, random_flip
-from hf_extrap.recipes.image_classification.images import ImageDataset, builtin_digits, collate, stratified_cut
+from hf_extrap.recipes.image_classification.images import (
+    Augmentation,
+    ImageDataset,
+    builtin_digits,
+    collate,
+    random_crop,
+    random_flip,
+    stratified_cut,
+)
 from hf_extrap.recipes.image_classification.task import ImageClassificationArguments, accuracy, most_likely
 from hf_extrap.recipes.task import PreparedTask
 

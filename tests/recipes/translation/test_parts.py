@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from transformers import EvalPrediction
 
 from hf_extrap.recipes.translation.bleu import Bleu, TranslationMetrics, bleu_signature
-from hf_extrap.recipes.translation.builtin import builtin_pairs
+from hf_extrap.recipes.translation.sentence_pairs import builtin_pairs
 from hf_extrap.recipes.translation.subwords import train_bpe
 from hf_extrap.recipes.translation.token_batches import (
     FullBatches,
