@@ -65,7 +65,7 @@ def _over_batches(axes: Axes, results: Results, value: Callable[[Entry], Estimat
         if points:
             batches, means, deviations = zip(*points, strict=True)
             # A spread as long as its mean has no lower end on a logarithmic axis.
-            spread = [np.minimum(deviations, 0.9 * np.abs(means)), deviations]
+            spread = np.stack([np.minimum(deviations, 0.9 * np.abs(means)), deviations])
             axes.errorbar(batches, means, spread, capsize=3, markersize=5, linewidth=1.3, **style)
             drawn += [(batch, mean, style["color"]) for batch, mean, _ in points]
     ticks = sorted({batch for batch, _, _ in drawn})

@@ -169,13 +169,13 @@ class Study:
                 raise ValueError(f"{where} gives {reserved[0]}, which a study sets for each run.")
         start = self.target.from_ if self.target else None
         for where, found in (("baseline", self.baseline), ("reference", self.reference), ("target.from", start)):
-            method = found.method if isinstance(found, Reference) else found
-            if method is not None and method not in self.methods:
+            named = found.method if isinstance(found, Reference) else found
+            if named is not None and named not in self.methods:
                 where += ".method" * isinstance(found, Reference)
-                raise ValueError(f"{where} is {method!r}; allowed: a method of the study, {listed(self.methods)}.")
+                raise ValueError(f"{where} is {named!r}; allowed: a method of the study, {listed(self.methods)}.")
             if isinstance(found, Reference) and found.workers not in (run := self.workers_of(found.method)):
                 raise ValueError(
-                    f"{where}: {method!r} does not run with {found.workers} workers; allowed: {listed(run)}."
+                    f"{where}: {named!r} does not run with {found.workers} workers; allowed: {listed(run)}."
                 )
 
     def _check_method(self, where: str, name: str, method: Method) -> None:
