@@ -53,7 +53,7 @@ class ExtrapLstmConfig(PreTrainedConfig):
             dropout=(0 <= self.dropout < 1, "[0, 1)"),
         )
         fits = not self.tie_word_embeddings or self.embedding_size == self.hidden_size
-        allowed = f"`hidden_size`, {self.hidden_size}, for tied embeddings, or `tie_word_embeddings` false"
+        allowed = f"`hidden_size`, {self.hidden_size}, with tied embeddings, or `tie_word_embeddings` false"
         check_fields(self, embedding_size=(fits, allowed))
         super().__post_init__(**kwargs)
 
