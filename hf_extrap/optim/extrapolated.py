@@ -193,7 +193,7 @@ class Extrapolated(OptimizerWrapper):
     def observe(self) -> None:
         """Observe the averaged gradient for statistics before it is clipped; without this call, `step` observes it."""
         gradients = scaled(self.engine.gradients(), 1 / self.in_progress.scale.current())
-        self.in_progress.observe(gradients, clipped=False, collects=self.collect_statistics)
+        self.in_progress.observe(self.step_count, gradients, clipped=False, collects=self.collect_statistics)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -207,7 +207,6 @@ class Extrapolated(OptimizerWrapper):
         if self.config.direction == "none" and not (self.collect_statistics or self.scheme.hooks.seen):
             self.train_base()
             self.step_count += 1
-            self.in_progress.number += 1
             return self.base.step(closure)
         loss = evaluate(self, closure) if closure is not None else None
         self.restore(keep=False)
@@ -225,7 +224,7 @@ class Extrapolated(OptimizerWrapper):
 
     def keep_gradients(self, gradients: Buffers) -> None:
         """Observe the averaged gradient of a step that is taken, and keep it if it is the next direction."""
-        self.in_progress.observe(gradients, clipped=True, collects=self.collect_statistics)
+        self.in_progress.observe(self.step_count, gradients, clipped=True, collects=self.collect_statistics)
         self.scheme.direction.keep_averaged_gradient(self.step_count, gradients)
 
     def end_step(self, stepped: Sequence[bool]) -> None:
@@ -262,7 +261,7 @@ class Extrapolated(OptimizerWrapper):
             self.scheme.displacement.worker = ABANDONED
 
     def _new_step(self) -> StepInProgress:
-        return StepInProgress(self.step_count, self.scheme, self.engine, LossScale(self.engine, self.grad_scaler))
+        return StepInProgress(self.scheme, self.engine, LossScale(self.engine, self.grad_scaler))
 
     def _unscale(self) -> float:
         """The factor that turns a gradient of the scaled loss into that of the mean loss that a direction is of."""

@@ -19,7 +19,6 @@ class StepInProgress:
     """The state of a step, which is never saved.
 
     Attributes:
-        number: of the step, counted from 0.
         scheme: of the optimizer.
         engine: holds the parameters.
         scale: of the loss.
@@ -31,7 +30,6 @@ class StepInProgress:
         statistics: noted during the step, if any are collected.
     """
 
-    number: int
     scheme: Scheme
     engine: Engine
     scale: LossScale
@@ -63,10 +61,11 @@ class StepInProgress:
         are_gone = not self.engine.steps_inside and all(p.grad is None for p in self.engine.params())
         return are_gone or self.scale.has_dropped()
 
-    def observe(self, gradients: Sequence[Tensor | None], clipped: bool, collects: bool) -> None:
+    def observe(self, number: int, gradients: Sequence[Tensor | None], clipped: bool, collects: bool) -> None:
         """Observe the averaged gradient once: the curvature of global scope, and statistics.
 
         Args:
+            number: of the step, counted from 0.
             gradients: the averaged gradient ḡ.
             clipped: whether ḡ may have been clipped since the backward pass.
             collects: whether to note statistics.
@@ -74,7 +73,7 @@ class StepInProgress:
         if self.is_observed:
             return
         self.is_observed, scheme = True, self.scheme
-        if scheme.measures_curvature(self.number) and not scheme.direction.local and 0 in self.probed:
+        if scheme.measures_curvature(number) and not scheme.direction.local and 0 in self.probed:
             factor = self._clipping(gradients) if clipped else 1.0
             scheme.measure_curvature(0, [g if g is None else g / factor for g in gradients])
         if collects:
