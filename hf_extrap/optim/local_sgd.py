@@ -125,7 +125,7 @@ class LocalSGD(OptimizerWrapper):
             ValueError: for a worker that this process does not have.
         """
         if not self.is_local:
-            raise RuntimeError("worker(k) was called before start(); allowed: after it.")
+            raise RuntimeError("worker(k) was called before start(); allowed: only after start().")
         if not 0 <= worker < self.virtual_workers:
             raise ValueError(f"worker is {worker}; allowed: 0 to {self.virtual_workers - 1} (virtual_workers).")
         params, own = self._params(), self._copies[worker]
