@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from .config_checks import (
@@ -20,10 +17,11 @@ from .config_checks import (
     check_fields,
 )
 from .presets import PRESETS
+from .serialization import Serializable
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtrapConfig:
+class ExtrapConfig(Serializable):
     """One extrapolation scheme: y = x − η · S(d, x), the gradient taken at y, the step taken from x.
 
     Parameters that control the direction d:
@@ -154,55 +152,3 @@ class ExtrapConfig:
             if fields.get("scaling") in STEP_SCALINGS and not isinstance(overrides.get("step_size"), (int, float)):
                 del fields["scaling"]
         return cls.from_dict({**fields, **overrides})
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ExtrapConfig:
-        """The configuration with these fields; an unknown one is a ValueError."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in fields if name not in known]:
-            raise ValueError(f"unknown extrap field {unknown[0]!r}; allowed: {', '.join(known)}.")
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by its name."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """Every field, as a JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> ExtrapConfig:
-        """The inverse of `to_json`; a field left out keeps its default."""
-        return cls.from_dict(_mapping(json.loads(text)))
-
-    def to_yaml(self) -> str:
-        """Every field, as a YAML mapping."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-    @classmethod
-    def from_yaml(cls, text: str) -> ExtrapConfig:
-        """The inverse of `to_yaml`; a field left out keeps its default."""
-        import yaml
-
-        return cls.from_dict(_mapping(yaml.safe_load(text)))
-
-    def save(self, path: str | Path) -> None:
-        """Write YAML or JSON, by the file's ending."""
-        path = Path(path)
-        path.write_text(self.to_json() + "\n" if path.suffix == ".json" else self.to_yaml(), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ExtrapConfig:
-        """Read YAML or JSON, by the file's ending."""
-        path = Path(path)
-        text = path.read_text(encoding="utf-8")
-        return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"an extrap configuration is a mapping of fields, not {type(value).__name__}.")
-    return value

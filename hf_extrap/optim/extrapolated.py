@@ -247,7 +247,7 @@ class Extrapolated(OptimizerWrapper):
         self.skipped_steps += 1
         message = "step %d was skipped (overflow, or a gradient that is not finite); %d skipped so far"
         logger.warning(message, self.step_count, self.skipped_steps)
-        self.scheme.direction.drop_all()
+        self.scheme.direction.store.clear()
         self.reset_step()
 
     def reset_step(self) -> None:

@@ -90,7 +90,7 @@ class Scheme:
         d = {i: v for i, v in enumerate(self.preconditioner.apply(stored)) if v is not None}
         if not d or (self._config.scales_by_step and self.last_step.lengths is None):
             if is_last_use:
-                self.direction.drop(worker)
+                self.direction.store.drop(worker)
             return
         x, indices = self._engine.params(), list(d)
         lengths = self.last_step.lengths_of(indices if self._config.scaling == "layer_step" else None)
@@ -104,7 +104,7 @@ class Scheme:
             self.displacement.move(worker, d, steps, stored if is_last_use else None, (step, number))
         except BaseException:
             self.displacement.restore()
-            self.direction.drop(worker)
+            self.direction.store.drop(worker)
             raise
         if is_last_use:
             self.direction.spend(worker, self.local_gradients)

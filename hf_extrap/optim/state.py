@@ -124,7 +124,7 @@ def _directions(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     scheme = optimizer.scheme
     return {
         "owner": _owner(optimizer),
-        "directions": scheme.direction.state_dict(),
+        "directions": scheme.direction.store.state_dict(),
         "curvature": {str(worker): value for worker, value in scheme.step_size.curvature.items()},
     }
 
@@ -141,7 +141,8 @@ def _load_directions(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) ->
         logger.warning("the saved directions belong to another run (%s): directions start cold", differing)
         scheme.direction.start_cold(warn=False)
         return
-    scheme.direction.load_state_dict(state["directions"])
+    scheme.direction.start_cold(warn=not state["directions"])
+    scheme.direction.store.load_state_dict(state["directions"], optimizer.engine.params())
     device = optimizer.engine.params()[0].device
     scheme.step_size.curvature = {
         int(worker): torch.as_tensor(value).to(device, copy=True) for worker, value in state["curvature"].items()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..sharding import held, like
 from .pool import BufferPool
 
 Buffers = list[Tensor | None]
@@ -98,6 +99,24 @@ class BufferStore(MutableMapping[int, Buffers]):
         """Replace all content."""
         self.clear()
         self.update(values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The local part of each tensor by `worker.parameter`."""
+        return {
+            f"{worker}.{i}": held(buffer)
+            for worker, buffers in self.stored()
+            for i, buffer in enumerate(buffers)
+            if buffer is not None
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], params: Sequence[Tensor]) -> None:
+        """Load what `state_dict` returned, for the same parameters."""
+        loaded: dict[int, Buffers] = {}
+        for name, saved in state.items():
+            worker, index = (int(part) for part in name.split("."))
+            buffer = like(params[index], saved.detach().to(params[index].device, copy=True))
+            loaded.setdefault(worker, [None] * len(params))[index] = buffer
+        self.replace(loaded)
 
     def drop(self, worker: int) -> None:
         """Forget the worker; its tensors are free."""

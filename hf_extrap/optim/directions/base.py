@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from ..config import ExtrapConfig
 from ..engines.base import Engine
 from ..foreach import is_finite
 from ..local_gradients import LocalGradients
-from ..sharding import held, like
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +81,6 @@ class Direction:
         """Take a worker's fresh gradient as its direction, in the units of its mean loss."""
         self.store[worker] = [None if g is None else g.to(self.dtype or g.dtype) for g in gradient]
 
-    def drop(self, worker: int) -> None:
-        """Forget the worker's direction and free its tensors."""
-        self.store.drop(worker)
-
-    def drop_all(self) -> None:
-        """Forget every direction."""
-        self.store.clear()
-
     # During and after the step
 
     def keeps_local_gradient(self, step: int) -> bool:
@@ -130,33 +120,11 @@ class Direction:
     def end_step(self, step: int) -> None:
         """Forget directions that the next step does not use."""
         if not (self.is_past and self._config.is_active(step + 1)):
-            self.drop_all()
+            self.store.clear()
 
     def forget_step(self) -> None:
         """Start a step."""
         self._spent.clear()
-
-    # Saving
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The local part of each direction by `worker.parameter`."""
-        return {
-            f"{worker}.{i}": held(d)
-            for worker, buffers in self.store.stored()
-            for i, d in enumerate(buffers)
-            if d is not None
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        params = self._engine.params()
-        directions: dict[int, Buffers] = {}
-        for name, saved in state.items():
-            worker, index = (int(part) for part in name.split("."))
-            direction = like(params[index], saved.detach().to(params[index].device, copy=True))
-            directions.setdefault(worker, [None] * len(params))[index] = direction
-        self.store.replace(directions)
-        self._starts_cold = self.is_past and not directions
 
     def start_cold(self, warn: bool) -> None:
         """Forget all directions.
