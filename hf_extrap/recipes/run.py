@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from hf_extrap.recipes.figures import draw_curves
 from hf_extrap.recipes.model_card import make_card
 from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
-from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, versions
+from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
-from hf_extrap.training.checkpoints import check_checkpoint_matches
 from hf_extrap.training.extras import extra
 from hf_extrap.training.model_card import optimizer_name
+from hf_extrap.training.signals import stopping_on_signals
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
+from hf_extrap.training.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +40,14 @@ def run(
     command: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     print_logs: bool = True,
+    stops_on_signals: bool = False,
 ) -> dict[str, Any]:
     """Train one model and write its results to `output_dir`.
 
     Every process of a distributed launch calls this; the first one writes.
 
-    `command` is recorded, by default that of this process; `print_logs` is for runs without a progress bar.
+    `command` is recorded, by default that of this process; `print_logs` is for runs without a progress bar;
+    `stops_on_signals` lets SIGTERM and Ctrl-C end training with a checkpoint.
 
     Returns:
         The content of metrics.json. A run stopped by `abort_factor` has no `eval` and no `test`.
@@ -52,14 +57,28 @@ def run(
             bf16.
         FileNotFoundError: if data or a checkpoint is missing.
         RuntimeError: if the replicas differ at the end.
+        StoppedBySignal: if a signal has ended training.
     """
+    arguments = configuration.training_arguments
+    folder = RunFolder(Path(str(arguments.output_dir)))
+    with folder.locked(arguments.process_index):
+        return _run(configuration, folder, command, callbacks, print_logs, stops_on_signals)
+
+
+def _run(
+    configuration: Configuration,
+    folder: RunFolder,
+    command: str | None,
+    callbacks: Sequence[TrainerCallback],
+    print_logs: bool,
+    stops_on_signals: bool,
+) -> dict[str, Any]:
     arguments = configuration.training_arguments
     if configuration.run.save_model:
         with extra("recipes"):
             import matplotlib  # noqa: F401  (for the curves, at the end)
-    folder = RunFolder(Path(str(arguments.output_dir)))
-    checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
-    folder.check(configuration.given, resume=checkpoint is not None)
+    resume = _resume(folder, arguments.resume_from_checkpoint)
+    folder.check(configuration.given, resume=resume is not None)
     command = command or shlex.join(["hf-extrap", *sys.argv[1:]])
     first = arguments.process_index == 0
     # The first process writes after all have checked the folder.
@@ -82,12 +101,11 @@ def run(
     stopper = DivergenceStopper(configuration.run.abort_factor) if configuration.run.abort_factor else None
     for callback in (recorder, *((stopper,) if stopper else ()), *callbacks):
         trainer.add_callback(callback)
-    if checkpoint is not None:
-        check_checkpoint_matches(checkpoint, prepared.model)
-    untrained = _evaluate_untrained(configuration, trainer, folder, resumed=checkpoint is not None)
+    untrained = _evaluate_untrained(configuration, trainer, folder, resumed=resume is not None)
 
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stopping_on_signals(trainer) if stops_on_signals else nullcontext():
+        trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - began
     model = trainer.accelerator.unwrap_model(trainer.model)
     identical = replicas_agree(model)
@@ -128,7 +146,7 @@ def run(
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
         "device": str(arguments.device),
-        "resumed_from": checkpoint.name if checkpoint else None,
+        "resumed_from": trainer.resumed_from.name if trainer.resumed_from else None,
         "arguments": configuration.given,
         "facts": prepared.facts,
         "versions": versions(),
@@ -149,7 +167,7 @@ def run(
     return metrics
 
 
-def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Trainer:
+def make_trainer(configuration: Configuration, prepared: PreparedTask) -> ExtrapTrainer | ExtrapSeq2SeqTrainer:
     """Return the Trainer of a configuration and its prepared task."""
     trainer_class = ExtrapSeq2SeqTrainer if configuration.task.seq2seq else ExtrapTrainer
     names = "model train_dataset eval_dataset data_collator processing_class compute_metrics".split()
@@ -173,19 +191,14 @@ def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
         logger.warning("bf16 is true, and this CPU %s; --bf16 false disables it", NO_BF16)
 
 
-def _checkpoint(folder: RunFolder, resume: str | None) -> Path | None:
-    if resume is None or str(resume).lower() == "false":
-        return None
-    is_last = str(resume).lower() == "true"
-    path = folder.last_checkpoint() if is_last else Path(resume)
-    if path is None or not path.is_dir():
-        missing = (
-            f"output_dir {folder.path} holds no checkpoint to resume from."
-            if is_last
-            else f"checkpoint {path} does not exist."
-        )
-        raise FileNotFoundError(missing)
-    return path
+def _resume(folder: RunFolder, resume: str | None) -> str | None:
+    """What to resume from: a folder, `true` for the newest checkpoint, or None.
+
+    A job that torchrun has restarted resumes by itself, or starts anew if it has saved nothing.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and folder.last_checkpoint() is not None:
+        return "true"
+    return None if resume is None or str(resume).lower() == "false" else str(resume)
 
 
 def _evaluate_untrained(

@@ -5,36 +5,30 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+
+from hf_extrap.training.checkpoints.folders import ASIDE, checkpoints
 
 CONFIGURATION_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 HISTORY_FILE = "history.jsonl"
 CURVES_FILE = "curves.png"
 CARD_FILE = "README.md"
+LOCK_FILE = "_run.lock"
 
 #: Fields of places and of progress: runs that differ only in them are the same run.
 UNCOMPARED = frozenset(
     "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir".split()
     + "dataloader_num_workers save_total_limit".split()
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that determine a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_extrap"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 @dataclass(frozen=True)
@@ -49,11 +43,34 @@ class RunFolder:
         return (self.path / METRICS_FILE).is_file()
 
     def last_checkpoint(self) -> Path | None:
-        """The complete checkpoint with the highest step, or None."""
-        # The Trainer writes the state last: a checkpoint without it is incomplete.
-        complete = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        numbered = [p for p in complete if p.name.removeprefix("checkpoint-").isdigit()]
-        return max(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+        """The checkpoint with the highest step, or None; nothing is verified."""
+        return next(reversed(checkpoints(self.path)), None)
+
+    @contextmanager
+    def locked(self, process_index: int) -> Iterator[None]:
+        """Keep other launches out of the folder; a collective call.
+
+        The system releases the lock when the process ends, in whatever way. A folder that is a file is left to `check`.
+
+        Raises:
+            ValueError: in every process, if another launch that is alive writes to the folder, or nobody can.
+        """
+        lock, problem = FileLock(self.path / LOCK_FILE, blocking=False), None
+        if process_index == 0 and not self.path.is_file():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            except Timeout:
+                problem = "is in use by another launch, which is running; allowed: another folder"
+            except OSError as error:
+                problem = f"cannot be written ({error.strerror}); allowed: a folder in which files can be made"
+        for found in gather_object([problem]):
+            if found is not None:
+                raise ValueError(f"output_dir {self.path} {found}.")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
         """Raise a ValueError unless a run with these resolved fields may write to the folder.
@@ -62,7 +79,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; allowed: a folder.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or {path.name for path in self.path.iterdir()} <= {LOCK_FILE, ASIDE}:
             return
         holds, instead = f"output_dir {self.path} holds", "give another --output_dir, or delete the folder."
         if not (self.path / CONFIGURATION_FILE).is_file():

@@ -13,7 +13,7 @@ from transformers import set_seed
 from hf_extrap.recipes.configuration import Configuration, resolve, to_words
 from hf_extrap.recipes.run import make_trainer
 from hf_extrap.recipes.run_folder import CONFIGURATION_FILE, RunFolder
-from hf_extrap.training.checkpoints import INDEX_FILE, WEIGHTS_FILE, check_checkpoint_matches
+from hf_extrap.training.checkpoints.matching import INDEX_FILE, WEIGHTS_FILE, check_checkpoint_matches
 from hf_extrap.training.trainer import ExtrapTrainer
 
 OPTIMIZER_FILE = "optimizer.pt"

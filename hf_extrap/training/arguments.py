@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_extrap.optim.config import Batch, Direction, DirectionDevice, DirectionDtype, ExtrapConfig, Scaling, Scope
 
+from .checkpoints.finding import Integrity
 from .optimizers import base_optimizer
 
 if TYPE_CHECKING:
@@ -120,6 +121,11 @@ class ExtrapArguments(Base):
         "every evaluation while training; 0: never. A measurement takes 8 products or more, each of the time of 2 "
         "gradients with one micro-batch, of 4 with several; Adam's metric takes as many again.",
     )
+    checkpoint_integrity: Integrity = described(
+        "strict",
+        "What a damaged checkpoint does, by the sizes and checksums in its manifest: 'strict' refuses one that is given "
+        "and passes over it where the newest one is asked for, 'warn' logs the damage, 'off' verifies nothing.",
+    )
 
     def __post_init__(self) -> None:
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
@@ -135,6 +141,7 @@ class ExtrapArguments(Base):
         super().__post_init__()
         shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
+            "checkpoint_integrity": (self.checkpoint_integrity in get_args(Integrity), ", ".join(get_args(Integrity))),
             "sharpness_batches": (self.sharpness_batches >= 0, "a whole number >= 0"),
             "recalibrate_batch_norm": (self.recalibrate_batch_norm >= 0, "a whole number >= 0"),
             "local_steps": (self.local_steps >= 1, "a whole number >= 1"),

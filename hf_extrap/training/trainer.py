@@ -17,7 +17,10 @@ from hf_extrap.optim.local_sgd import LocalSGD
 from hf_extrap.optim.random import generator_for
 
 from .arguments import ExtrapArguments, ExtrapTrainingArguments
-from .checkpoints import check_checkpoint_matches, load_rank_state, save_rank_state
+from .checkpoints.finding import check_whole, find_checkpoint
+from .checkpoints.matching import check_checkpoint_matches
+from .checkpoints.rank_state import load_rank_state, save_rank_state
+from .checkpoints.saving import CheckpointWriter
 from .components.base import Component, Inputs
 from .components.batch_norm import BatchNormStatistics
 from .components.batched_workers import WorkersInOnePass
@@ -53,10 +56,12 @@ class ExtrapTrainerMixin(TrainerBase):
         carried: the recurrent states of `carry_state`.
         local_sgd: the local steps of `local_steps`.
         sharpness: measures the largest curvature.
+        resumed_from: the checkpoint that `train` has resumed from.
     """
 
     args: ExtrapTrainingArguments
     model: nn.Module
+    resumed_from: Path | None = None
     _client_optimizer: Extrapolated | None = None
     _connected_to: nn.Module | None = None
     _tag_names = ["hf_extrap"]
@@ -78,6 +83,7 @@ class ExtrapTrainerMixin(TrainerBase):
             self.model_accepts_loss_kwargs = False
         self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
         self._micro_batch = 0
+        self._writer = CheckpointWriter(self)
         self.local_sgd = LocalSteps(self)
         self.carried = CarriedState(self)
         self.sharpness = Sharpness(self)
@@ -160,15 +166,17 @@ class ExtrapTrainerMixin(TrainerBase):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock training, also after an evaluation.
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The stock training, from a verified checkpoint, and also after an evaluation.
 
         An evaluation marks the bare model as prepared, and accelerate would then not wrap it for DDP: each process
         would train alone.
         """
         vars(self.model).pop("_is_accelerate_prepared", None)
         self._running_loss.start()
-        return super().train(*args, **kwargs)
+        output_dir, integrity = Path(str(self.args.output_dir)), self.args.checkpoint_integrity
+        self.resumed_from = find_checkpoint(resume_from_checkpoint, output_dir, integrity)
+        return super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, dataloader = super()._prepare_for_training(*args, **kwargs)
@@ -285,9 +293,21 @@ class ExtrapTrainerMixin(TrainerBase):
             component.before_save(is_checkpoint=_internal_call)
         super().save_model(output_dir, _internal_call)
 
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._writer.folder_of(super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.local_sgd.average()
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial))
+        with self._writer.writing(folder):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / f"checkpoint-{self.state.global_step}"))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload may run in the background, and the checkpoint is still to be renamed.
+        if not self._writer.is_writing:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -296,14 +316,14 @@ class ExtrapTrainerMixin(TrainerBase):
             save_rank_state(output_dir, self.args.process_index, self.accelerator.num_processes, states)
             self.local_sgd.save(output_dir)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The last file of each process. trainer_state.json comes next, which marks the checkpoint as complete.
-        self.accelerator.wait_for_everyone()
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint_matches(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            check_whole(Path(self.state.best_model_checkpoint), self.args.checkpoint_integrity)
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_extrap.recipes.run_folder import RunFolder, different_fields, read_json, versions, write_json
+from hf_extrap.recipes.run_folder import RunFolder, different_fields, read_json, write_json
+from hf_extrap.training.versions import versions
 
 
 def begin(folder: Path, **arguments: object) -> RunFolder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_extrap.training.checkpoints import check_checkpoint_matches
+from hf_extrap.training.checkpoints.matching import check_checkpoint_matches
 
 
 def gpt2(width: int = 8, layers: int = 1) -> GPT2LMHeadModel:

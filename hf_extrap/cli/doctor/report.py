@@ -14,8 +14,8 @@ from accelerate.commands.env import env_command
 from rich.console import Console
 
 from hf_extrap.recipes.precision import cpu_has_bf16
-from hf_extrap.recipes.run_folder import versions
 from hf_extrap.recipes.tables import make_table
+from hf_extrap.training.versions import versions
 
 from .configurations import Verdict
 from .machine import LAUNCH_VARIABLES, Machine

@@ -18,7 +18,8 @@ from hf_extrap.lab.study.statistics import gradients_per_step
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes.configuration import resolve
 from hf_extrap.recipes.run import run
-from hf_extrap.recipes.run_folder import UNCOMPARED, RunFolder, versions
+from hf_extrap.recipes.run_folder import UNCOMPARED, RunFolder
+from hf_extrap.training.versions import versions
 
 
 class OutOfTime(Exception):

@@ -15,8 +15,9 @@ from hf_extrap.lab.study.results import PERFECT_SCALING_MARGIN, Entry, Results, 
 from hf_extrap.lab.study.specification import Study, read_study
 from hf_extrap.lab.study.statistics import Estimate
 from hf_extrap.recipes.figures import spoken
-from hf_extrap.recipes.run_folder import plain, versions, write_json, write_text
+from hf_extrap.recipes.run_folder import plain, write_json, write_text
 from hf_extrap.recipes.tables import make_table
+from hf_extrap.training.versions import versions
 
 REPORT_FILE, SUMMARY_FILE = "report.md", "summary.json"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_extrap.training.checkpoints import RankState
+from hf_extrap.training.checkpoints.rank_state import RankState
 
 if TYPE_CHECKING:
     from hf_extrap.training.trainer import ExtrapTrainerMixin

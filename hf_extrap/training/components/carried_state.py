@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_extrap.training.checkpoints import RankState
+from hf_extrap.training.checkpoints.rank_state import RankState
 
 from .base import Component, Inputs
 

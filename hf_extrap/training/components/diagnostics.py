@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.training.checkpoints import RankState
+from hf_extrap.training.checkpoints.rank_state import RankState
 
 from .base import Component, Inputs
 from .carried_state import State

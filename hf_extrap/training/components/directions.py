@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_extrap.training.checkpoints import RankState
+from hf_extrap.training.checkpoints.rank_state import RankState
 
 from .base import Component
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.training.checkpoints import RankState
+from hf_extrap.training.checkpoints.rank_state import RankState
 
 from .base import Component, Inputs
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.optim.local_sgd import LocalSGD
-from hf_extrap.training.checkpoints import local_sgd_file
+from hf_extrap.training.checkpoints.rank_state import local_sgd_file
 
 from .base import Component, Inputs
 

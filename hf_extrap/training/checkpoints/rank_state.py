@@ -1,25 +1,20 @@
-"""Checkpoints: what each process saves for itself, and whether a checkpoint is complete and of the same model."""
+"""What each process saves for itself in a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass
@@ -97,52 +92,3 @@ def _read(path: Path) -> RankState:
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error}); allowed: resuming from another checkpoint.") from error
     return state
-
-
-def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
-    """Refuse a checkpoint whose model.safetensors, whole or in shards, does not fit the model; only headers are read.
-
-    Tied weights may be stored under any one of their names.
-
-    Raises:
-        FileNotFoundError: the folder or its weights are missing.
-        ValueError: the weights are unreadable, or a name or a shape differs: it is the checkpoint of another model.
-    """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {folder} does not exist.")
-    stored = _stored_shapes(folder)
-    another = f"checkpoint {folder} is of another model:"
-    tensors = model.state_dict()
-    for name, shape in stored.items():
-        if name not in tensors:
-            raise ValueError(f"{another} this one has no weight {name!r}.")
-        if shape != tuple(tensors[name].shape):
-            raise ValueError(f"{another} {name} has shape {list(shape)} there and {list(tensors[name].shape)} here.")
-    # Tied weights share memory and are stored once.
-    groups: dict[tuple[int, torch.Size], list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
-    # Such as sinusoidal positions, which the model computes.
-    attributes = ("_keys_to_ignore_on_save", "_keys_to_ignore_on_load_missing")
-    unsaved = [pattern for attribute in attributes for pattern in getattr(model, attribute, None) or ()]
-    for names in groups.values():
-        if not any(name in stored or any(re.search(pattern, name) for pattern in unsaved) for name in names):
-            raise ValueError(f"{another} it has no weight {names[0]!r}.")
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    index, files = folder / INDEX_FILE, [WEIGHTS_FILE]
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in files:
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"checkpoint {folder} has no {name}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint file {path} is damaged: {error}.") from error
-    return shapes

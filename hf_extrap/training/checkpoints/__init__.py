@@ -1,0 +1,1 @@
+"""Checkpoints, which are whole or not there: saving, manifest, finding and verifying one, and its contents."""
