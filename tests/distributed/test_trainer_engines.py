@@ -9,6 +9,7 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 from tests.support import cpu_deepspeed  # noqa: F401
 
 # isort: split
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
-from tests.support.fsdp_on_cpu import force_fsdp
 from tests.support.tiny_trainer import NESTEROV, Warnings, gpt2, make, train, weights
+from tests.support.trainer_engines import fsdp, whole, zero
 
 pytestmark = pytest.mark.distributed
 
@@ -64,6 +65,9 @@ def in_processes(folder: Path, engine: str) -> dict[str, Any]:
     saving = {**evaluated, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     seen["whole"] = whole(train(folder / "whole", model=gpt2(dropout=0.1), **saving))
     seen["checkpoints"] = sorted(path.name for path in (folder / "whole").glob("checkpoint-*"))
+    saved = folder / "whole" / "checkpoint-6"
+    files = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    seen["unlisted"] = files - set(json.loads((saved / MANIFEST_FILE).read_text())["files"])
     seen["files"] = sorted(path.name for path in (folder / "whole" / "checkpoint-6").glob("extrap_rank_*"))
     # Stopped one step after its last checkpoint.
     train(folder / "killed", model=gpt2(dropout=0.1), callbacks=[StopAfter(3)], **saving)
@@ -89,37 +93,6 @@ def check(trainer: Trainer, engine: str) -> None:
     else:
         assert isinstance(trainer.model_wrapped, deepspeed.DeepSpeedEngine)
         assert f"zero{trainer.model_wrapped.zero_optimization_stage()}" == engine
-
-
-def zero(engine: str) -> dict[str, Any]:
-    return {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": int(engine[-1]), "stage3_gather_16bit_weights_on_model_save": True},
-    }
-
-
-def fsdp() -> dict[str, Any]:
-    force_fsdp()
-    wrapped = {"transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": "FULL_STATE_DICT"}
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, **wrapped}}
-
-
-def whole(trainer: Trainer) -> Tensor:
-    """All parameters as one vector, in every process."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # After a pass without backward the root keeps its parameters gathered.
-            module.reshard()
-    params = list(model.parameters())
-    if isinstance(params[0], DTensor):
-        return torch.cat([cast(DTensor, p).detach().full_tensor().flatten() for p in params])
-    with deepspeed.zero.GatheredParameters(params):
-        return torch.cat([p.detach().flatten() for p in params])
 
 
 @pytest.fixture(scope="module")

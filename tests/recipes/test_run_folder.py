@@ -60,7 +60,8 @@ def test_failed_writes_and_damaged_files(tmp_path: Path, monkeypatch: pytest.Mon
 def test_last_checkpoint_different_fields_and_versions(tmp_path: Path) -> None:
     add_checkpoint(tmp_path, 9)
     add_checkpoint(tmp_path, 10)
-    add_checkpoint(tmp_path, 11, complete=False)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-11").write_text("")
     assert RunFolder(tmp_path).last_checkpoint() == tmp_path / "checkpoint-10"
     assert different_fields({"output_dir": "a", "seed": 1}, {"output_dir": "b", "seed": 1, "use_cpu": True}) == []
     assert different_fields({"seed": 1, "b": 1}, {"seed": 2, "a": 1}) == ["a", "b", "seed"]

@@ -31,10 +31,11 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: Path, integrit
         FileNotFoundError: there is no such folder, or no whole checkpoint in `output_dir`.
         ValueError: the given checkpoint is damaged; the sentence names the files.
     """
-    if resume is None or str(resume).lower() == "false":
+    word = str(resume or False)
+    if word.lower() == "false":
         return None
-    if str(resume).lower() != "true":
-        path = Path(resume)
+    if word.lower() != "true":
+        path = Path(word)
         if not path.is_dir():
             raise FileNotFoundError(f"checkpoint {path} does not exist.")
         check_whole(path, integrity)

@@ -52,7 +52,7 @@ def load_rank_state(checkpoint: str | Path, rank: int, processes: int) -> RankSt
     path = folder / _rank_file(rank)
     found = path if path.is_file() else next(iter(sorted(folder.glob(_rank_file("*")))), None)
     state = _read(found) if found is not None else RankState()
-    own = [path.name, f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"]
+    own = [path.name]
     if any(folder.glob(local_sgd_file("*"))):
         own.append(local_sgd_file(rank))
     missing = [name for name in own if not (folder / name).is_file()]

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.trainer_utils import sort_checkpoints
-
-from .folders import ASIDE, MANIFEST_FILE, STATE_FILE
+from .folders import ASIDE, MANIFEST_FILE, STATE_FILE, checkpoints
 from .manifest import find_damage, flush, write_manifest
 
 if TYPE_CHECKING:
@@ -92,10 +90,12 @@ class CheckpointWriter:
         limit, best = self._trainer.args.save_total_limit, self._trainer.state.best_model_checkpoint
         if limit is None or limit <= 0:
             return
-        others = [Path(path) for path in sort_checkpoints(str(run_folder), use_mtime=True) if Path(path) != newest]
         kept = {newest} | ({run_folder / Path(best).name} if best is not None else set())
-        surplus = len(others) + 1 - max(limit, len(kept))
-        for path in [path for path in others if path not in kept][: max(surplus, 0)]:
+        found = checkpoints(run_folder)
+        # First those of later steps, which a resume has passed over or left behind.
+        oldest = found[found.index(newest) + 1 :] + found
+        surplus = len(found) - max(limit, len(kept))
+        for path in [path for path in dict.fromkeys(oldest) if path not in kept][: max(surplus, 0)]:
             # A checkpoint that is deleted halfway would be a damaged one.
             os.rename(path, aside / path.name)
 

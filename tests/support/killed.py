@@ -1,0 +1,139 @@
+"""Runs of the toy Trainer in processes of their own, which are killed at a given moment."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tests.support.tiny_trainer import gpt2, train, weights
+
+FIELDS: dict[str, Any] = {
+    "max_steps": 12,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 0.01,
+}
+ENGINES = {"one": 1, "ddp": 2, "zero1": 2, "fsdp2": 2}
+"""Number of processes by name."""
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL of a process by itself.
+
+    Attributes:
+        ranks: that are killed.
+        event: `file` for the `number`-th operation on a file in the run's folder, `step` and `evaluation` for the
+            `number`-th of this process.
+        number: from 1.
+    """
+
+    ranks: tuple[int, ...]
+    event: str
+    number: int
+
+
+class CallbackKill(TrainerCallback):
+    """Kills in the middle of a step, and in an evaluation."""
+
+    def __init__(self, kill: Kill) -> None:
+        self.kill = kill
+        self.seen = {"step": itertools.count(1), "evaluation": itertools.count(1)}
+
+    def see(self, event: str) -> None:
+        if next(self.seen[event]) == self.kill.number and self.kill.event == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.see("step")
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        self.see("evaluation")
+
+
+def operations(folder: Path, at: int | None) -> itertools.count[int]:
+    """Count the operations on files below a folder, and kill this process before the one with the number `at`."""
+    counter, inside = itertools.count(1), str(folder)
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        if event in EVENTS and str(values[0]).startswith(inside) and next(counter) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return counter
+
+
+def attempt(folder: Path, engine: str, rank: int, port: int, kill: Kill | None) -> None:
+    """Train to the end, from the newest whole checkpoint; leaves a digest of the weights and the number of operations."""
+    count = ENGINES[engine]
+    if count > 1:
+        local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **local)
+    sys.stdout = sys.stderr = (folder.parent / f"{folder.name}_{rank}.log").open("a")
+    torch.set_num_threads(1)
+    fields = {**FIELDS, "extrap": "optimistic" if engine == "fsdp2" else "extrap-past"}
+    if engine in ("zero1", "fsdp2"):
+        # Only here, since DeepSpeed takes seconds to import.
+        from tests.support.trainer_engines import fsdp, whole, zero
+
+        fields |= fsdp() if engine == "fsdp2" else {"deepspeed": zero(engine)}
+    else:
+        whole = weights
+    mine = kill if kill is not None and rank in kill.ranks else None
+    counter = operations(folder, mine.number if mine is not None and mine.event == "file" else None)
+    callbacks = [CallbackKill(mine)] if mine is not None else []
+    resume = True if any(folder.glob("checkpoint-*")) else None
+    trainer = train(folder, model=gpt2(dropout=0.1), resume=resume, callbacks=callbacks, **fields)
+    digest = hashlib.sha256(whole(trainer).numpy().tobytes()).hexdigest()
+    (folder.parent / f"{folder.name}_{rank}.done").write_text(f"{digest} {next(counter)}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    os._exit(0)
+
+
+def launch(folder: Path, engine: str, kill: Kill | None, timeout: float = 120) -> list[int | None]:
+    """One attempt in as many processes as the engine has; returns their exit codes, None for one that hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started: list[ForkServerProcess] = []
+    for rank in range(ENGINES[engine]):
+        process = context().Process(target=attempt, args=(folder, engine, rank, port, kill))
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join(timeout)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return codes
+
+
+def digests(folder: Path, engine: str) -> tuple[set[str], int]:
+    """The digests that the processes have left, and the number of operations of the first one."""
+    texts = [(folder.parent / f"{folder.name}_{rank}.done").read_text().split() for rank in range(ENGINES[engine])]
+    return {digest for digest, _ in texts}, int(texts[0][1])
+
+
+def context() -> ForkServerContext:
+    """A server that has imported the package once and forks each process in milliseconds."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.support.tiny_trainer", "tests.support.killed"])
+    return found
