@@ -56,14 +56,16 @@ class SignalStopper(TrainerCallback):
             dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._group)
             number = int(seen)
         if number:
+            # An evaluation that is due comes first: it draws random numbers, which a resumed run must not draw again.
             self.number = number
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.number is not None:
-            # The end of the step has saved.
-            control.should_save = control.should_evaluate = False
+        if self.number is not None and state.epoch is not None:
+            # The step has saved. Training may also have stopped inside the epoch, whose end this is not then.
+            is_end = float(state.epoch).is_integer()
+            control.should_evaluate &= is_end
+            control.should_save = is_end
 
 
 @contextmanager

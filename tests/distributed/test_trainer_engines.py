@@ -12,15 +12,14 @@ from tests.support import cpu_deepspeed  # noqa: F401
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
+from hf_extrap.training.checkpoints.folders import MANIFEST_FILE
 from tests.support.tiny_trainer import NESTEROV, Warnings, gpt2, make, train, weights
 from tests.support.trainer_engines import fsdp, whole, zero
 
@@ -165,6 +164,8 @@ def test_a_resumed_run_is_bit_identical(ranks: list[dict[str, Any]]) -> None:
 def test_rank_files_are_kept_and_rotated_with_their_checkpoints(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["checkpoints"] == ["checkpoint-4", "checkpoint-6"]
     assert ranks[0]["files"] == ["extrap_rank_0.safetensors", "extrap_rank_1.safetensors"]
+    # The engine's own files are listed too, and nothing is left that is not.
+    assert ranks[0]["unlisted"] == {MANIFEST_FILE}
 
 
 def test_saved_files_hold_x(ranks: list[dict[str, Any]], folder: Path) -> None:

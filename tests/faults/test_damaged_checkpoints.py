@@ -116,7 +116,9 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(whole: tuple[Path, torc
     for step in (2, 4):
         copy(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
         (tmp_path / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no whole checkpoint \(checkpoint-4: optimizer\.pt is missing; checkpoint-2: "):
+    with pytest.raises(
+        FileNotFoundError, match=r"no whole checkpoint \(checkpoint-4: optimizer\.pt is missing; checkpoint-2: "
+    ):
         find_checkpoint(True, tmp_path, "strict")
 
 

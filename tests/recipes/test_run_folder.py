@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,31 @@ def test_which_folders_are_accepted(tmp_path: Path) -> None:
     folder.write_metrics({"status": "finished"})
     with pytest.raises(ValueError, match="holds this run, finished"):
         folder.check({"seed": 1}, resume=True)
+
+
+def test_a_folder_is_locked_while_its_launch_lives(tmp_path: Path) -> None:
+    """The lock of a process that has ended, in whatever way, does not count."""
+    hold = "import sys, time; from pathlib import Path; from hf_extrap.recipes.run_folder import RunFolder\n"
+    hold += f"with RunFolder(Path({str(tmp_path)!r})).locked(0): print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    # Only the first process of a launch holds it.
+    with RunFolder(tmp_path).locked(1):
+        pass
+    with pytest.raises(ValueError, match="is in use by another launch"), RunFolder(tmp_path).locked(0):
+        pass
+    other.kill()
+    other.wait()
+    with RunFolder(tmp_path).locked(0):
+        RunFolder(tmp_path).check({"seed": 1}, resume=False)
+    with RunFolder(tmp_path).locked(0):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"output_dir \S+/file/run cannot be written \(Not a directory\)"),
+        RunFolder(tmp_path / "file" / "run").locked(0),
+    ):
+        pass

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tests.support.tiny_trainer import gpt2, train, weights
+from hf_extrap.training.signals import stopping_on_signals
+from tests.support.tiny_trainer import gpt2, make, weights
 
 FIELDS: dict[str, Any] = {
     "max_steps": 12,
@@ -41,7 +42,7 @@ class Kill:
     Attributes:
         ranks: that are killed.
         event: `file` for the `number`-th operation on a file in the run's folder, `step` and `evaluation` for the
-            `number`-th of this process.
+            `number`-th of this process, `signal` for SIGTERM in that step.
         number: from 1.
     """
 
@@ -55,17 +56,16 @@ class CallbackKill(TrainerCallback):
 
     def __init__(self, kill: Kill) -> None:
         self.kill = kill
-        self.seen = {"step": itertools.count(1), "evaluation": itertools.count(1)}
-
-    def see(self, event: str) -> None:
-        if next(self.seen[event]) == self.kill.number and self.kill.event == event:
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.steps, self.evaluations = itertools.count(1), itertools.count(1)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.see("step")
+        signals = {"step": signal.SIGKILL, "signal": signal.SIGTERM}
+        if next(self.steps) == self.kill.number and self.kill.event in signals:
+            os.kill(os.getpid(), signals[self.kill.event])
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        self.see("evaluation")
+        if next(self.evaluations) == self.kill.number and self.kill.event == "evaluation":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def operations(folder: Path, at: int | None) -> itertools.count[int]:
@@ -81,11 +81,13 @@ def operations(folder: Path, at: int | None) -> itertools.count[int]:
 
 
 def attempt(folder: Path, engine: str, rank: int, port: int, kill: Kill | None) -> None:
-    """Train to the end, from the newest whole checkpoint; leaves a digest of the weights and the number of operations."""
+    """Train to the end, from the newest whole checkpoint; leaves a digest of the weights and a count of operations."""
     count = ENGINES[engine]
     if count > 1:
         local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **local)
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **local
+        )
     sys.stdout = sys.stderr = (folder.parent / f"{folder.name}_{rank}.log").open("a")
     torch.set_num_threads(1)
     fields = {**FIELDS, "extrap": "optimistic" if engine == "fsdp2" else "extrap-past"}
@@ -100,7 +102,9 @@ def attempt(folder: Path, engine: str, rank: int, port: int, kill: Kill | None) 
     counter = operations(folder, mine.number if mine is not None and mine.event == "file" else None)
     callbacks = [CallbackKill(mine)] if mine is not None else []
     resume = True if any(folder.glob("checkpoint-*")) else None
-    trainer = train(folder, model=gpt2(dropout=0.1), resume=resume, callbacks=callbacks, **fields)
+    trainer = make(folder, model=gpt2(dropout=0.1), callbacks=callbacks, **fields)
+    with stopping_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=resume)
     digest = hashlib.sha256(whole(trainer).numpy().tobytes()).hexdigest()
     (folder.parent / f"{folder.name}_{rank}.done").write_text(f"{digest} {next(counter)}")
     if torch.distributed.is_initialized():
