@@ -123,8 +123,8 @@ class ExtrapArguments(Base):
     )
     checkpoint_integrity: Integrity = described(
         "strict",
-        "What to do with a checkpoint whose files do not match its manifest of sizes and checksums: 'strict' refuses one "
-        "that is given, and passes over it if the newest is asked for; 'warn' logs the damage; 'off' verifies nothing.",
+        "What to do with a checkpoint whose files do not match its manifest of sizes and checksums: 'strict' refuses "
+        "one that is given and passes over it if the newest is asked for, 'warn' logs the damage, 'off' does not look.",
     )
 
     def __post_init__(self) -> None:
