@@ -27,7 +27,7 @@ LOCK_FILE = "_run.lock"
 #: Fields of places and of progress: runs that differ only in them are the same run.
 UNCOMPARED = frozenset(
     "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir".split()
-    + "dataloader_num_workers save_total_limit".split()
+    + "dataloader_num_workers save_total_limit checkpoint_integrity max_skipped_steps".split()
 )
 
 

@@ -13,6 +13,8 @@ from transformers import set_seed
 from hf_extrap.recipes.configuration import Configuration, resolve, to_words
 from hf_extrap.recipes.run import make_trainer
 from hf_extrap.recipes.run_folder import CONFIGURATION_FILE, RunFolder
+from hf_extrap.training.checkpoints.finding import check_whole
+from hf_extrap.training.checkpoints.folders import MANIFEST_FILE
 from hf_extrap.training.checkpoints.matching import INDEX_FILE, WEIGHTS_FILE, check_checkpoint_matches
 from hf_extrap.training.trainer import ExtrapTrainer
 
@@ -75,6 +77,8 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     check_checkpoint_matches(folder, prepared.model)
+    if (folder / MANIFEST_FILE).is_file():
+        check_whole(folder, configuration.training_arguments.checkpoint_integrity)
     weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
     # Into the model of the task: a loaded one would also train fixed positions.
     prepared.model.float().load_state_dict(weights)

@@ -12,7 +12,8 @@ from tests.support.soak import count
 
 KILLS = {
     "one": count(quick=6, soak=25),
-    "ddp": count(quick=4, soak=25),
+    "ddp": count(quick=3, soak=20),
+    "uneven": count(quick=1, soak=5),
     "zero1": count(quick=0, soak=25),
     "fsdp2": count(quick=0, soak=25),
 }
@@ -49,3 +50,10 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, engine: str) ->
             break
     print(engine, killed, "kills:", ", ".join(events))
     assert killed == KILLS[engine]
+
+
+@pytest.mark.distributed
+def test_a_slow_process_changes_nothing(tmp_path: Path) -> None:
+    for name, kill in {"whole": None, "slow": Kill((1,), "slow", 0)}.items():
+        assert launch(tmp_path / name, "ddp", kill) == [0, 0]
+    assert digests(tmp_path / "slow", "ddp")[0] == digests(tmp_path / "whole", "ddp")[0]

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_extrap.training.signals import stopping_on_signals
-from tests.support.tiny_trainer import gpt2, make, weights
+from tests.support.tiny_trainer import Sentences, gpt2, make, weights
 
 FIELDS: dict[str, Any] = {
     "max_steps": 12,
@@ -30,8 +31,8 @@ FIELDS: dict[str, Any] = {
     "optim": "adamw_torch",
     "learning_rate": 0.01,
 }
-ENGINES = {"one": 1, "ddp": 2, "zero1": 2, "fsdp2": 2}
-"""Number of processes by name."""
+ENGINES = {"one": 1, "ddp": 2, "uneven": 2, "zero1": 2, "fsdp2": 2}
+"""Number of processes by name; `uneven` is DDP with an odd number of samples."""
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
@@ -42,7 +43,8 @@ class Kill:
     Attributes:
         ranks: that are killed.
         event: `file` for the `number`-th operation on a file in the run's folder, `step` and `evaluation` for the
-            `number`-th of this process, `signal` for SIGTERM in that step.
+            `number`-th of this process, `signal` for SIGTERM in that step, `slow` for no kill at all, but a pause of
+            0.02 seconds before each operation and step.
         number: from 1.
     """
 
@@ -59,6 +61,8 @@ class CallbackKill(TrainerCallback):
         self.steps, self.evaluations = itertools.count(1), itertools.count(1)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.kill.event == "slow":
+            time.sleep(0.02)
         signals = {"step": signal.SIGKILL, "signal": signal.SIGTERM}
         if next(self.steps) == self.kill.number and self.kill.event in signals:
             os.kill(os.getpid(), signals[self.kill.event])
@@ -68,13 +72,17 @@ class CallbackKill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def operations(folder: Path, at: int | None) -> itertools.count[int]:
-    """Count the operations on files below a folder, and kill this process before the one with the number `at`."""
+def operations(folder: Path, kill: Kill | None) -> itertools.count[int]:
+    """Count the operations on files below a folder, and kill this process before one of them."""
     counter, inside = itertools.count(1), str(folder)
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
-        if event in EVENTS and str(values[0]).startswith(inside) and next(counter) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event in EVENTS and str(values[0]).startswith(inside):
+            number = next(counter)
+            if kill is not None and kill.event == "slow":
+                time.sleep(0.02)
+            elif kill is not None and kill.event == "file" and kill.number == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     return counter
@@ -99,10 +107,12 @@ def attempt(folder: Path, engine: str, rank: int, port: int, kill: Kill | None) 
     else:
         whole = weights
     mine = kill if kill is not None and rank in kill.ranks else None
-    counter = operations(folder, mine.number if mine is not None and mine.event == "file" else None)
+    counter = operations(folder, mine)
     callbacks = [CallbackKill(mine)] if mine is not None else []
     resume = True if any(folder.glob("checkpoint-*")) else None
     trainer = make(folder, model=gpt2(dropout=0.1), callbacks=callbacks, **fields)
+    if engine == "uneven":
+        trainer.train_dataset = Sentences(61)
     with stopping_on_signals(trainer):
         trainer.train(resume_from_checkpoint=resume)
     digest = hashlib.sha256(whole(trainer).numpy().tobytes()).hexdigest()
