@@ -141,7 +141,7 @@ def test_errors_say_what_is_allowed(trained: Path, tmp_path: Path, error_of: Err
     assert "does not exist" in error_of("sharpness", tmp_path / "nowhere")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(trained, unfinished, ignore=shutil.ignore_patterns("model.safetensors", "sharpness.*"))
-    (unfinished / "checkpoint-6" / "trainer_state.json").unlink()
+    shutil.rmtree(unfinished / "checkpoint-6")
     last = f"holds no model.safetensors; give its last checkpoint, {unfinished / 'checkpoint-3'}"
     assert last in error_of("sharpness", unfinished)
     for words, sentence in (
