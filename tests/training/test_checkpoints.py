@@ -1,13 +1,16 @@
-"""A checkpoint of another model is refused before anything is loaded from it."""
+"""A checkpoint of another model is refused before anything is loaded from it; a whole one is uploaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
+from hf_extrap import ExtrapTrainerMixin
+from hf_extrap.training.checkpoints.folders import MANIFEST_FILE
 from hf_extrap.training.checkpoints.matching import check_checkpoint_matches
+from tests.support import tiny_trainer
 
 
 def gpt2(width: int = 8, layers: int = 1) -> GPT2LMHeadModel:
@@ -38,3 +41,23 @@ def test_other_models_and_missing_or_damaged_files_are_named(tmp_path: Path) -> 
     ):
         with pytest.raises(error, match=message):
             check_checkpoint_matches(tmp_path / name, model)
+
+
+def test_a_checkpoint_is_uploaded_from_its_place_and_once(tmp_path: Path) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    class Uploading(Trainer):
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+            seen.append((checkpoint_folder, (Path(checkpoint_folder) / MANIFEST_FILE).is_file()))
+
+    class Both(ExtrapTrainerMixin, Uploading):
+        pass
+
+    trainer = Both(
+        tiny_trainer.gpt2(), arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=Sentences(64)
+    )
+    # Set later, since the Trainer would look for the Hub.
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert seen == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (2, 4, 6)]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
