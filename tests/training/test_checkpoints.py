@@ -53,9 +53,8 @@ def test_a_checkpoint_is_uploaded_from_its_place_and_once(tmp_path: Path) -> Non
     class Both(ExtrapTrainerMixin, Uploading):
         pass
 
-    trainer = Both(
-        tiny_trainer.gpt2(), arguments(tmp_path, save_strategy="steps", save_steps=2), train_dataset=Sentences(64)
-    )
+    saving = tiny_trainer.arguments(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = Both(tiny_trainer.gpt2(), saving, train_dataset=tiny_trainer.Sentences(64))
     # Set later, since the Trainer would look for the Hub.
     trainer.args.push_to_hub = True
     trainer.train()
