@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
 from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.yaml_text import read_yaml
 from hf_extrap.recipes import TASKS, get_task
 from hf_extrap.recipes.task import Task
 from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments, described
@@ -31,20 +31,6 @@ PROGRAM_DEFAULTS: dict[str, Any] = {
 #: Fields that name the optimizer, and fields that configure it.
 OPTIMIZERS = ("optim", "base_optimizer")
 OF_OPTIMIZER = ("optim_args", "sgd_momentum", "sgd_nesterov")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: `save_strategy: no` is a string."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
 
 
 @dataclass
@@ -154,13 +140,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"configuration {path} does not exist.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}.") from error
+    content = read_yaml(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hf_extrap.recipes.secrets import MASK, is_secret, without_secrets
+
 CONFIGURATION_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 HISTORY_FILE = "history.jsonl"
@@ -147,9 +149,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to JSON types: numbers that are not finite to None, other types to strings."""
+    """Convert a value to JSON types: numbers that are not finite to None, other types to strings; and hide secrets."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {
+            str(key): MASK if isinstance(item, str) and is_secret(str(key)) else plain(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int):
@@ -159,4 +164,4 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         return plain(value.item())
     # str() of an Enum that is also a str is its name, not its value.
-    return str(getattr(value, "value", value))
+    return without_secrets(str(getattr(value, "value", value)))
