@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
+
+from hf_extrap.recipes.secrets import command_line, without_secrets
 
 from . import bench, check_launch, compare, sharpness, study, train
 
@@ -29,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     run` 1 if a run failed and 130 after Ctrl-C; for `doctor` 1 if a given configuration cannot run here.
     """
     words = list(sys.argv[1:] if words is None else words)
-    command = shlex.join(["hf-extrap", *words])
+    command = command_line(words)
     # Argparse would take the value of an unknown field for a positional argument.
     path = words.pop(1) if len(words) > 1 and words[0] in WITH_FIELDS and words[1][:1] != "-" else None
     known, rest = _parser().parse_known_args(words)
@@ -42,9 +43,10 @@ def main(words: Sequence[str] | None = None) -> int:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("HF_EXTRAP_TRACEBACK"):
             raise
-        # One process prints for all.
-        if os.environ.get("RANK", "0") == "0":
-            print("hf-extrap: error:", sentence, file=sys.stderr)
+        # Any process may be the only one that fails. In one write: the lines of processes must not mix.
+        rank = os.environ.get("RANK", "0")
+        place = "" if rank == "0" else f" process {rank}:"
+        sys.stderr.write(f"hf-extrap:{place} error: {without_secrets(sentence)}\n")
         return 2
 
 

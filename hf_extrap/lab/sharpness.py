@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from hf_extrap.lab.figures import add_legend, finish, make_panels
 from hf_extrap.recipes.figures import COLOURS
 from hf_extrap.recipes.run_folder import versions, write_json
 from hf_extrap.recipes.saved_run import SavedRun, load_saved_run
+from hf_extrap.recipes.secrets import command_line
 from hf_extrap.recipes.tables import make_table
 from hf_extrap.training.curvature.lanczos import Eigenpair, largest_eigenpair
 from hf_extrap.training.curvature.mean_loss import BatchNorm, CurvatureError, Differentiation, MeanLoss
@@ -97,7 +97,7 @@ def sharpness(
         **measure(mean_loss, saved, tolerance),
         "arguments": saved.configuration.given,
         "versions": versions(),
-        "command": command or shlex.join(["hf-extrap", *sys.argv[1:]]),
+        "command": command or command_line(sys.argv[1:]),
     }
     write_json(folder / SHARPNESS_FILE, content)
     draw_sharpness(content, folder / FIGURE_FILE)

@@ -64,8 +64,8 @@ def read_yaml(text: str, name: str) -> Any:
         where = f" at line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
         raise ValueError(f"{name} is not valid YAML{where}: {reason}.") from error
-    except (ValueError, TypeError, OverflowError) as error:
-        # Such as the date 2024-13-45, or a list as a key.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's constructors of values raise them, such as for the date 2024-13-45.
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split()).removesuffix('.')}.") from error
 
 

@@ -20,7 +20,12 @@ from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.yaml_text import read_yaml
 from hf_extrap.recipes import TASKS, get_task
 from hf_extrap.recipes.task import Task
-from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments, described
+from hf_extrap.training.arguments import (
+    ExtrapSeq2SeqTrainingArguments,
+    ExtrapTrainingArguments,
+    check_numbers,
+    described,
+)
 
 PROGRAM_DEFAULTS: dict[str, Any] = {
     # The history must contain a NaN loss; the stock filter repeats the last finite one.
@@ -45,6 +50,7 @@ class RunArguments:
     save_model: bool = described(True, "Write the trained model, its card and its curves.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.abort_factor is not None and not self.abort_factor > 1:
             raise ValueError(f"abort_factor is {self.abort_factor}; allowed: a number > 1, or null.")
 

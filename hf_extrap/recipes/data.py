@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from hf_extrap.recipes.task import check_fields
-from hf_extrap.training.arguments import described
+from hf_extrap.training.arguments import check_numbers, described
 from hf_extrap.training.extras import extra
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class DataArguments:
     max_eval_samples: int | None = described(None, "Limit of the rows of validation and test.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         names = ("max_train_samples", "max_eval_samples")
         limits = {name: getattr(self, name) is None or getattr(self, name) >= 1 for name in names}
         check_fields(self, **{name: (holds, "at least 1, or null for all rows") for name, holds in limits.items()})

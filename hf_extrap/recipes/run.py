@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from hf_extrap.recipes.model_card import make_card
 from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder, versions
+from hf_extrap.recipes.secrets import command_line
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
 from hf_extrap.training.checkpoints import check_checkpoint_matches
@@ -60,11 +60,11 @@ def run(
     folder = RunFolder(Path(str(arguments.output_dir)))
     checkpoint = _checkpoint(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=checkpoint is not None)
-    command = command or shlex.join(["hf-extrap", *sys.argv[1:]])
+    command = command or command_line(sys.argv[1:])
     first = arguments.process_index == 0
     # The first process writes after all have checked the folder.
     wait_for_everyone()
-    if first and not (folder.path / "run.json").exists():
+    if first and not folder.has_begun:
         folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
 
     if arguments.deepspeed is not None and arguments.world_size > 1:

@@ -13,6 +13,7 @@ from transformers import set_seed
 from hf_extrap.recipes.configuration import Configuration, resolve, to_words
 from hf_extrap.recipes.run import make_trainer
 from hf_extrap.recipes.run_folder import CONFIGURATION_FILE, RunFolder
+from hf_extrap.recipes.secrets import is_secret
 from hf_extrap.training.checkpoints import INDEX_FILE, WEIGHTS_FILE, check_checkpoint_matches
 from hf_extrap.training.trainer import ExtrapTrainer
 
@@ -64,7 +65,8 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
         )
     if run is not None:
         recorded = RunFolder(run).read_configuration()["arguments"]
-        fields = to_words({k: v for k, v in recorded.items() if k not in UNUSED and v is not None})
+        known = {k: v for k, v in recorded.items() if k not in UNUSED and not is_secret(k)}
+        fields = to_words({name: value for name, value in known.items() if value is not None})
     else:
         fields = ["--model", str(folder)]
     # The Trainer creates its output folder, so it gets one that exists.

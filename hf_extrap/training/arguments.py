@@ -24,6 +24,38 @@ def described(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+#: Smallest values of fields of `TrainingArguments`, which it does not check itself.
+LEAST: dict[str, float] = dict.fromkeys(
+    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
+) | dict.fromkeys(
+    "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps num_train_epochs seed data_seed".split()
+    + ["dataloader_num_workers", "label_smoothing_factor"],
+    0,
+)
+
+
+def check_numbers(arguments: Any) -> None:
+    """Raise a ValueError for a number that is not finite, a whole number of over 64 bits, or one below `LEAST`.
+
+    Args:
+        arguments: a dataclass; a default is not checked.
+    """
+    for each in dataclasses.fields(arguments):
+        value, least = getattr(arguments, each.name, None), LEAST.get(each.name, -math.inf)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float) or number == each.default:
+                continue
+            if not (abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)):
+                # The digits of a whole number may be many.
+                shown = number if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
+                allowed = "a finite number" if isinstance(number, float) else "one of at most 63 bits"
+                raise ValueError(f"{each.name} is {shown}; allowed: {allowed}.")
+            if number < least:
+                raise ValueError(f"{each.name} is {number}; allowed: a number >= {least:g}.")
+            if "seed" in each.name and number >= 2**32:
+                raise ValueError(f"{each.name} is {number}; allowed: a whole number below 2 ** 32.")
+
+
 def _override(text: str) -> Any:
     return described(None, f"{text} Overrides the preset.")
 
@@ -122,6 +154,7 @@ class ExtrapArguments(Base):
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -163,6 +196,10 @@ class ExtrapArguments(Base):
                     f"(optim at its default, {self.default_optim!r})."
                 )
             base_optimizer(self, self.base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle, without the token: the stock Trainer saves it in every checkpoint."""
+        return {**vars(self), "hub_token": None}
 
     def extrap_config(self) -> ExtrapConfig:
         """The scheme that `extrap` and the `extrap_*` fields name.
