@@ -22,6 +22,10 @@ COMMANDS = {
 WITH_FIELDS = ("train", "compare", "sharpness")
 """Commands that take a path first, and `--field value` options that argparse does not know."""
 
+#: Parts of the messages of libraries whose errors have no type of their own.
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
+UNWRITTEN = ("inline_container.cc", "PytorchStreamWriter", "No space left on device")
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the program with these words, by default those of the command line, and return its exit code.
@@ -65,11 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sentence(error: Exception) -> str | None:
     """The message of an error that the user can correct, on one line; None for any other error."""
+    # `in FOLDER`, for an error that names no file.
+    place = " ".join(getattr(error, "__notes__", ()))
     if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}."
+        return f"{f'{error.filename or place}: '.removeprefix(': ')}{error.strerror}."
+    sentence = " ".join(str(error).split()).removesuffix(".") + "."
+    if any(sign in sentence for sign in OUT_OF_MEMORY):
+        return f"there is not enough memory: {sentence}"
+    if any(sign in sentence for sign in UNWRITTEN):
+        return f"a file{f' {place}'.rstrip()} cannot be written, as on a full disk: {sentence}"
     # By name, because importing these libraries takes longer than parsing the command line.
     named = {"YAMLError", "SafetensorError"} & {kind.__name__ for kind in type(error).__mro__}
-    sentence = " ".join(str(error).split()).removesuffix(".") + "."
-    if "inline_container.cc" in sentence or "PytorchStreamWriter" in sentence:
-        return f"torch.save cannot write a file, as on a full disk: {sentence}"
-    return sentence if named or isinstance(error, ValueError | OSError | ModuleNotFoundError) else None
+    known = (ValueError, OSError, ModuleNotFoundError, MemoryError)
+    return sentence if named or isinstance(error, known) else None

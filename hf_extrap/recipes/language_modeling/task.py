@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_extrap.recipes.models  # noqa: F401  (registers `extrap_lstm`)
-from hf_extrap.recipes.data import DataArguments, load_splits
+from hf_extrap.recipes.data import DataArguments, check_texts, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
 from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
@@ -84,6 +84,7 @@ class LanguageModelingTask:
         config, tokenizer = _load_config(arguments.model) if arguments.model is not None else (None, None)
         with training_arguments.main_process_first(desc="text data"):
             splits = load_splits(arguments, columns=("text",), builtin=builtin_text)
+            check_texts(splits, "text")
             tokenizer, ids = token_streams(splits, arguments.cache_root, tokenizer, arguments.vocab_size)
         model = _build_model(arguments, config, tokenizer)
         if arguments.unigram_bias:
