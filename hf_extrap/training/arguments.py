@@ -25,14 +25,12 @@ def described(default: Any, text: str) -> Any:
 
 
 #: Smallest values of fields of `TrainingArguments`, which it does not check itself.
-LEAST: dict[str, float] = dict.fromkeys(
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps".split(),
-    1,
-) | dict.fromkeys(
-    "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps num_train_epochs seed data_seed".split()
-    + ["dataloader_num_workers", "label_smoothing_factor", "neftune_noise_alpha"],
-    0,
-)
+LEAST: dict[str, float] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), 1),
+    **dict.fromkeys("learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps num_train_epochs".split(), 0),
+    **dict.fromkeys("seed data_seed dataloader_num_workers label_smoothing_factor neftune_noise_alpha".split(), 0),
+}
 
 
 def check_numbers(arguments: Any) -> None:
