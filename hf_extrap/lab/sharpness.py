@@ -198,7 +198,8 @@ def draw_sharpness(content: Mapping[str, Any], path: Path) -> None:
         lengths.set_xlabel("length of the step, ‖γ g‖", fontsize=9)
         lengths.tick_params(labelsize=9)
     add_legend(figure, [left])
-    title = f"{content['task'].replace('_', ' ')}, {Path(content['checkpoint']).name}"
+    # Matplotlib reads what is between dollar signs as mathematics.
+    title = f"{content['task'].replace('_', ' ')}, {Path(content['checkpoint']).name}".replace("$", r"\$")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
 
@@ -225,4 +226,4 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     console.print()
     console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))
     for name, file in (("figure", FIGURE_FILE), ("all numbers", SHARPNESS_FILE)):
-        console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False)
+        console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False, markup=False)

@@ -74,6 +74,7 @@ def run(
         deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
+    _check_size(configuration, prepared)
     recorder = RunRecorder(folder)
     trainer = make_trainer(configuration, prepared)
     _check_precision(trainer, prepared.model)
@@ -161,6 +162,17 @@ def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Traine
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress(prepared.metric))
     return trainer
+
+
+def _check_size(configuration: Configuration, prepared: PreparedTask) -> None:
+    """Refuse training data that do not fill one global batch: a worker would have none of it."""
+    arguments, found = configuration.training_arguments, len(prepared.train_dataset)  # type: ignore[arg-type]
+    factors = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    if found < math.prod(factors):
+        raise ValueError(
+            f"the training data have {found} items and one step takes {math.prod(factors)} ({factors[0]} per batch x "
+            f"{factors[1]} accumulated batches x {factors[2]} processes); allowed: at least one step per epoch."
+        )
 
 
 def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:

@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; FileNotFoundError if there is no such file, ValueError if it is not a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    return parse_json(_read_text(path), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is not a JSON object with a whole number as its `step`.
     """
     rows = []
-    for number, line in enumerate(_read_text(path).splitlines() if path.is_file() else [], 1):
+    for number, line in enumerate(read_text(path).splitlines() if path.is_file() else [], 1):
         row = parse_json(line, f"{path}, line {number},")
         if type(row.get("step")) is not int:
             raise ValueError(f"{path}, line {number}, has no whole number as its `step`.")
@@ -173,7 +173,8 @@ def _number(text: str) -> int | float:
     return number
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a text file; ValueError, with the path, if it is not text in UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
