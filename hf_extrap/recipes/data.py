@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
 from hf_extrap.recipes.task import check_fields
 from hf_extrap.training.arguments import check_numbers, described
 from hf_extrap.training.extras import extra
@@ -173,12 +171,29 @@ def check_texts(splits: DatasetDict, column: str) -> None:
 
 
 def load_pretrained(auto: Any, name: str) -> Any:
-    """Load a model or a tokenizer by its Auto class; FileNotFoundError if it is not found."""
+    """Load a configuration, tokenizer or model by its Auto class; code from the Hub is never run.
+
+    Raises:
+        FileNotFoundError: it is not found.
+        ValueError: its files are damaged, or a model lacks weights.
+    """
+    what = {"AutoConfig": "configuration of model", "AutoTokenizer": "tokenizer of model"}.get(auto.__name__, "model")
+    is_model = what == "model"
     try:
-        return auto.from_pretrained(name)
+        found = auto.from_pretrained(
+            name, trust_remote_code=False, **({"output_loading_info": True} if is_model else {})
+        )
     except OSError as error:
-        what = "tokenizer of model" if auto is AutoTokenizer else "model"
-        raise FileNotFoundError(f"{what} {name!r} cannot be loaded: {error}") from error
+        raise FileNotFoundError(f"{what} {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    # Damaged files raise errors of many types.
+    except Exception as error:
+        raise ValueError(f"{what} {name!r} cannot be loaded: {_one_line(error)}.") from error
+    if not is_model:
+        return found
+    model, information = found
+    if missing := sorted(information["missing_keys"]):
+        raise ValueError(f"model {name!r} has no weight {missing[0]!r} of its configuration; allowed: all weights.")
+    return model
 
 
 def _one_line(error: BaseException) -> str:

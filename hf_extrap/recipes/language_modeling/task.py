@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_extrap.recipes.models  # noqa: F401  (registers `extrap_lstm`)
-from hf_extrap.recipes.data import DataArguments, check_texts, load_splits
+from hf_extrap.recipes.data import DataArguments, check_texts, load_pretrained, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
 from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
@@ -125,21 +125,13 @@ class LanguageModelingTask:
 
 def _load_config(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
     """Configuration and, if it has one, tokenizer of a model."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"model {name!r} is neither a folder with a config.json nor found on the Hub or in its cache."
-        ) from error
+    config = load_pretrained(AutoConfig, name)
     if config.is_encoder_decoder:
         raise ValueError(f"model {name!r} is an encoder-decoder ({config.model_type}); allowed: causal models.")
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return config, None
-    try:
-        return config, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
+    return config, load_pretrained(AutoTokenizer, name)
 
 
 def _build_model(
@@ -153,7 +145,7 @@ def _build_model(
             raise ValueError(
                 "`config_overrides` is given with a pretrained `model`; allowed: with `from_scratch` true."
             )
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = load_pretrained(AutoModelForCausalLM, name)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(
                 f"model {name!r} has {model.config.vocab_size} tokens and the text {len(tokenizer)}; save "
