@@ -24,7 +24,7 @@ WITH_FIELDS = ("train", "compare", "sharpness")
 
 #: Parts of the messages of libraries whose errors have no type of their own.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
-UNWRITTEN = ("inline_container.cc", "PytorchStreamWriter", "No space left on device")
+UNWRITTEN = ("inline_container.cc", "PytorchStreamWriter", "basic_ios::clear", "os error 27", "os error 28")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.yaml_text import read_yaml
 from hf_extrap.recipes import TASKS, get_task
+from hf_extrap.recipes.run_folder import read_json
 from hf_extrap.recipes.task import Task
 from hf_extrap.training.arguments import (
     ExtrapSeq2SeqTrainingArguments,
@@ -121,6 +122,10 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
     # Without an accelerator, the Trainer forms a process group of the processes only with use_cpu.
     if "use_cpu" not in given and not torch.accelerator.is_available():
         values["use_cpu"] = True
+    deepspeed = values["deepspeed"]
+    if isinstance(deepspeed, str) and os.path.isfile(deepspeed):
+        # Transformers would not name the file.
+        read_json(Path(deepspeed))
     run, task_arguments, training_arguments = (
         kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in parser.dataclass_types
     )

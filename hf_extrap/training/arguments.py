@@ -154,6 +154,10 @@ class ExtrapArguments(Base):
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        # With base_optimizer they may be any Python literals.
+        pairs = self.optim_args.split(",") if self.optim_args and self.base_optimizer is None else []
+        if any(pair.count("=") != 1 for pair in pairs):
+            raise ValueError(f"optim_args is {self.optim_args!r}; allowed: name=value, separated by commas.")
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -165,6 +169,8 @@ class ExtrapArguments(Base):
         if workers > 1:
             self.gradient_accumulation_steps: int = workers
         super().__post_init__()
+        if not isinstance(self.lr_scheduler_kwargs, dict | None):
+            raise ValueError(f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs!r:.80}; allowed: a mapping.")
         shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
             "sharpness_batches": (self.sharpness_batches >= 0, "a whole number >= 0"),

@@ -22,6 +22,9 @@ def parse_row(text: str, name: str) -> Row:
     for field, holds in fields.items():
         if field not in row or not holds(row[field]):
             raise ValueError(f"{name} is not a row of a study: its {field} is {row.get(field)!r:.60}; delete the line.")
+    versions = row.get("versions", {})
+    if not isinstance(versions, dict) or not all(map(_text, versions.values())):
+        raise ValueError(f"{name} is not a row of a study: its versions are no texts; delete the line.")
     if row["status"] == "finished" and not _number(row["validation"].get(row["metric"])):
         raise ValueError(f"{name} is not a row of a study: it finished without {row['metric']!r:.60}; delete the line.")
     return row

@@ -161,7 +161,11 @@ def _build_model(
         check_fields(arguments, model_type=(known, f"{LSTM!r}, or a type of AutoConfig, such as 'gpt2'"))
         config = AutoConfig.for_model(arguments.model_type)
     if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
+        try:
+            config.update_from_string(arguments.config_overrides)
+        except ValueError as error:
+            reason = str(error).removesuffix(".")
+            raise ValueError(f"`config_overrides` is {arguments.config_overrides!r}: {reason}.") from error
     config.vocab_size = len(tokenizer)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))
