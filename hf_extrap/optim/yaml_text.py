@@ -58,7 +58,7 @@ def read_yaml(text: str, name: str) -> Any:
     if len(text) > LONGEST:
         raise ValueError(f"{name} has {len(text):,} characters; allowed: {LONGEST:,}.")
     try:
-        return yaml.load(text, Loader=_Loader)  # nosec B506: _Loader is a SafeLoader.
+        return yaml.load(text, Loader=_Loader)  # nosec B506 # _Loader is a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

@@ -86,7 +86,7 @@ def load_splits(
             import datasets
         origin = f"dataset {arguments.dataset!r}"
         try:
-            splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)
+            splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)  # nosec B615 # the user names it
         except (ConnectionError, FileNotFoundError) as error:
             missing = f"{origin} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
             raise FileNotFoundError(missing) from error
