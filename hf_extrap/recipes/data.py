@@ -136,13 +136,15 @@ def _read_file(path: Path, reader: str, cache_dir: Path) -> Dataset:
     """The rows of a data file, cached under a hash of its content."""
     import datasets
 
+    file = str(path)
+
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent) as raw:
             try:
-                rows = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=raw)
+                rows = datasets.load_dataset(reader, data_files=file, split="train", cache_dir=raw)  # nosec B615 # local
             except Exception as error:
-                reason = _one_line(error.__cause__ or error)
-                raise ValueError(f"{str(path)!r} cannot be read as {reader}: {reason.removesuffix('.')}.") from error
+                reason = _one_line(error.__cause__ or error).removesuffix(".")
+                raise ValueError(f"{file!r} cannot be read as {reader}: {reason}.") from error
             _check_images(rows, path)
             rows.save_to_disk(folder / "rows")
 
