@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_extrap.recipes.task import check_fields
 from hf_extrap.training.arguments import check_numbers, described
+from hf_extrap.training.checkpoints import INDEX_FILE, shard_names
 from hf_extrap.training.extras import extra
 
 if TYPE_CHECKING:
@@ -180,7 +181,10 @@ def load_pretrained(auto: Any, name: str) -> Any:
         ValueError: its files are damaged, or a model lacks weights.
     """
     what = {"AutoConfig": "configuration of model", "AutoTokenizer": "tokenizer of model"}.get(auto.__name__, "model")
-    is_model = what == "model"
+    is_model, index = what == "model", Path(name) / INDEX_FILE
+    if is_model and os.path.isfile(index):
+        # Transformers would follow ../x.
+        shard_names(index)
     try:
         found = auto.from_pretrained(
             name, trust_remote_code=False, **({"output_loading_info": True} if is_model else {})

@@ -144,6 +144,16 @@ def test_rows_that_name_files_instead_of_holding_images(tmp_path: Path, error_of
     assert "train.parquet' has a row without an image in 'img'; allowed: encoded images." in error
 
 
+def test_a_model_whose_shards_are_elsewhere(tiny_language_model: Path, tmp_path: Path, error_of: ErrorOf) -> None:
+    words = ("train", tiny_language_model, "--max_steps", 1, "--evaluate_untrained", "false")
+    assert main([str(word) for word in (*words, "--output_dir", tmp_path / "run")]) == 0
+    (tmp_path / "run/model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(["lm_head.bias"], "../outside.safetensors")}
+    (tmp_path / "run/model.safetensors.index.json").write_text(json.dumps(index))
+    error = error_of(*words, "--model", tmp_path / "run", "--output_dir", tmp_path / "other")
+    assert "index.json is not an index of weights: it names '../outside.safetensors'" in error
+
+
 def test_a_run_that_fails_at_its_start_does_not_block_the_corrected_one(
     tiny_language_model: Path, tmp_path: Path, error_of: ErrorOf
 ) -> None:

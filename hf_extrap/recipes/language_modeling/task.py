@@ -139,7 +139,8 @@ def _build_model(
 ) -> PreTrainedModel:
     """The pretrained model of `arguments.model`, or a new one of its configuration or of `arguments.model_type`."""
     name, folder = str(arguments.model), Path(str(arguments.model))
-    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    kinds = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    has_weights = not folder.is_dir() or any(any(folder.glob(kind)) for kind in kinds)
     if config is not None and not arguments.from_scratch and has_weights:
         if arguments.config_overrides:
             raise ValueError(
