@@ -77,9 +77,13 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
     check_checkpoint_matches(folder, prepared.model)
-    weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
-    # Into the model of the task: a loaded one would also train fixed positions.
-    prepared.model.float().load_state_dict(weights)
+    try:
+        weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
+        # Into the model of the task: a loaded one would also train fixed positions.
+        prepared.model.float().load_state_dict(weights)
+    # A damaged config.json raises errors of many types.
+    except Exception as error:
+        raise ValueError(f"the model in {folder} cannot be loaded: {' '.join(str(error).split())}") from error
     trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
     step = folder.name.removeprefix("checkpoint-")
     rate = _load_optimizer(trainer, folder / OPTIMIZER_FILE)

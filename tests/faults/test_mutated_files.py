@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 
+from hf_extrap.cli import main
 from hf_extrap.lab.study import execution
 from hf_extrap.lab.study.folder import StudyFolder
 from hf_extrap.lab.study.plan import Plan
@@ -35,11 +36,12 @@ from hf_extrap.recipes.image_classification.images import decode
 from hf_extrap.recipes.image_classification.task import ImageClassificationArguments
 from hf_extrap.recipes.language_modeling.text import token_streams
 from hf_extrap.recipes.run_folder import RunFolder
+from hf_extrap.recipes.saved_run import load_saved_run
 from tests.conftest import TINY_LANGUAGE_MODEL
 from tests.lab.study.conftest import RECIPE, STUDY, ComputedRuns
 from tests.support.soak import count
 
-CASES = count(quick=35, soak=350)
+CASES = count(quick=30, soak=300)
 """Of each target."""
 SECONDS = 20
 
@@ -277,6 +279,21 @@ def model_folder(tmp: Path) -> Target:
     return Target(make, read, exempt=("model.safetensors",))
 
 
+def saved_run(tmp: Path, patch: pytest.MonkeyPatch) -> Target:
+    """The files of a trained run that describe it, and the run rebuilt from them."""
+    (tmp / "run.yaml").write_text(yaml.safe_dump(TINY_LANGUAGE_MODEL | {"max_steps": 1, "evaluate_untrained": False}))
+    assert main(["train", str(tmp / "run.yaml"), "--output_dir", str(tmp / "run"), "--save_strategy", "no"]) == 0
+
+    def make(folder: Path) -> None:
+        for name in ("run.json", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+            shutil.copy(tmp / "run" / name, folder)
+
+    def read(folder: Path) -> Any:
+        return {name: value.tolist() for name, value in load_saved_run(folder).trainer.model.state_dict().items()}
+
+    return Target(make, read, exempt=("model.safetensors",))
+
+
 def study_files(tmp: Path, patch: pytest.MonkeyPatch) -> tuple[Path, Plan]:
     """The folder of a study whose runs are computed, and its plan."""
     make_study(tmp)
@@ -295,6 +312,7 @@ TARGETS: dict[str, Callable[[Path, pytest.MonkeyPatch], Target]] = {
     "images": lambda tmp, patch: Target(make_images, read_images),
     "cache of texts": lambda tmp, patch: cache_of(make_texts("jsonl"), read_texts),
     "cache of images": lambda tmp, patch: cache_of(make_images, read_images),
+    "saved run": saved_run,
     "model": lambda tmp, patch: model_folder(tmp),
 }
 
