@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-all soak study bench gpu gpu-bench gpu-study lint clean
+.PHONY: run test test-all soak study bench gpu gpu-bench gpu-study lint audit clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed-recipes
@@ -59,6 +59,11 @@ lint: .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -r hf_extrap -c pyproject.toml
+
+# Known vulnerabilities of the tested versions, from PyPI's database.
+audit: .venv/installed-lint
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_extrap needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'

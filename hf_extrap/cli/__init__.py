@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
+
+from hf_extrap.recipes.secrets import command_line, without_secrets
 
 from . import bench, check_launch, compare, sharpness, study, train
 
@@ -21,6 +22,10 @@ COMMANDS = {
 WITH_FIELDS = ("train", "compare", "sharpness")
 """Commands that take a path first, and `--field value` options that argparse does not know."""
 
+#: Parts of the messages of libraries whose errors have no type of their own.
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
+UNWRITTEN = ("inline_container.cc", "PytorchStreamWriter", "basic_ios::clear", "os error 27", "os error 28")
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the program with these words, by default those of the command line, and return its exit code.
@@ -29,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     run` 1 if a run failed and 130 after Ctrl-C; for `doctor` 1 if a given configuration cannot run here.
     """
     words = list(sys.argv[1:] if words is None else words)
-    command = shlex.join(["hf-extrap", *words])
+    command = command_line(words)
     # Argparse would take the value of an unknown field for a positional argument.
     path = words.pop(1) if len(words) > 1 and words[0] in WITH_FIELDS and words[1][:1] != "-" else None
     known, rest = _parser().parse_known_args(words)
@@ -42,9 +47,10 @@ def main(words: Sequence[str] | None = None) -> int:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("HF_EXTRAP_TRACEBACK"):
             raise
-        # One process prints for all.
-        if os.environ.get("RANK", "0") == "0":
-            print("hf-extrap: error:", sentence, file=sys.stderr)
+        # Any process may be the only one that fails. In one write: the lines of processes must not mix.
+        rank = os.environ.get("RANK", "0")
+        place = "" if rank == "0" else f" process {rank}:"
+        sys.stderr.write(f"hf-extrap:{place} error: {without_secrets(sentence)}\n")
         return 2
 
 
@@ -63,11 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sentence(error: Exception) -> str | None:
     """The message of an error that the user can correct, on one line; None for any other error."""
+    # `in FOLDER`, for an error that names no file.
+    place = " ".join(getattr(error, "__notes__", ()))
     if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}."
+        return f"{f'{error.filename or place}: '.removeprefix(': ')}{error.strerror}."
+    sentence = " ".join(str(error).split()).removesuffix(".") + "."
+    if any(sign in sentence for sign in OUT_OF_MEMORY):
+        return f"there is not enough memory: {sentence}"
+    if any(sign in sentence for sign in UNWRITTEN):
+        return f"a file{f' {place}'.rstrip()} cannot be written, as on a full disk: {sentence}"
     # By name, because importing these libraries takes longer than parsing the command line.
     named = {"YAMLError", "SafetensorError"} & {kind.__name__ for kind in type(error).__mro__}
-    sentence = " ".join(str(error).split()).removesuffix(".") + "."
-    if "inline_container.cc" in sentence or "PytorchStreamWriter" in sentence:
-        return f"torch.save cannot write a file, as on a full disk: {sentence}"
-    return sentence if named or isinstance(error, ValueError | OSError | ModuleNotFoundError) else None
+    known = (ValueError, OSError, ModuleNotFoundError, MemoryError)
+    return sentence if named or isinstance(error, known) else None

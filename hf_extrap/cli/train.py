@@ -30,7 +30,12 @@ def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
         return 0
     hide_loading_bars()
     configuration = resolve(known.path, rest)
-    metrics = run(configuration, command, stops_on_signals=True)
+    try:
+        metrics = run(configuration, command, stops_on_signals=True)
+    except Exception as error:
+        # Libraries that write files do not name them.
+        error.add_note(f"in {configuration.training_arguments.output_dir}")
+        raise
     if configuration.training_arguments.process_index == 0:
         print_run(metrics, str(configuration.training_arguments.output_dir))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -85,7 +86,8 @@ def comparison(
     evaluated = getattr(arguments.eval_strategy, "value", arguments.eval_strategy) != "no"
     first = Reference(presets[0], workers)
     return Study(
-        name=Path(config).stem if config else resolved.task.name,
+        # The name of a study has no other characters.
+        name=re.sub(r"[^\w .-]|^[^\w]", "_", Path(config).stem)[:100] if config else resolved.task.name,
         config=Path(config) if config else None,
         fields={name: value for name, value in resolved.given.items() if name in named - {"extrap_virtual_workers"}},
         batches=[Batch(workers)],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from hf_extrap.lab.figures import add_legend, finish, make_panels
 from hf_extrap.recipes.figures import COLOURS
 from hf_extrap.recipes.run_folder import write_json
 from hf_extrap.recipes.saved_run import SavedRun, load_saved_run
+from hf_extrap.recipes.secrets import command_line
 from hf_extrap.recipes.tables import make_table
 from hf_extrap.training.curvature.lanczos import Eigenpair, largest_eigenpair
 from hf_extrap.training.curvature.mean_loss import BatchNorm, CurvatureError, Differentiation, MeanLoss
@@ -98,7 +98,7 @@ def sharpness(
         **measure(mean_loss, saved, tolerance),
         "arguments": saved.configuration.given,
         "versions": versions(),
-        "command": command or shlex.join(["hf-extrap", *sys.argv[1:]]),
+        "command": command or command_line(sys.argv[1:]),
     }
     write_json(folder / SHARPNESS_FILE, content)
     draw_sharpness(content, folder / FIGURE_FILE)
@@ -199,7 +199,8 @@ def draw_sharpness(content: Mapping[str, Any], path: Path) -> None:
         lengths.set_xlabel("length of the step, ‖γ g‖", fontsize=9)
         lengths.tick_params(labelsize=9)
     add_legend(figure, [left])
-    title = f"{content['task'].replace('_', ' ')}, {Path(content['checkpoint']).name}"
+    # Matplotlib reads what is between dollar signs as mathematics.
+    title = f"{content['task'].replace('_', ' ')}, {Path(content['checkpoint']).name}".replace("$", r"\$")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
 
@@ -226,4 +227,4 @@ def print_sharpness(content: dict[str, Any], folder: str | Path, console: Consol
     console.print()
     console.print(make_table(f"Sharpness of {content['checkpoint']}: {what}", ["measured", "value"], rows))
     for name, file in (("figure", FIGURE_FILE), ("all numbers", SHARPNESS_FILE)):
-        console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False)
+        console.print(f"  {name:<12}{Path(folder) / file}", soft_wrap=True, highlight=False, markup=False)

@@ -45,10 +45,10 @@ class Serializable(DataclassInstance):
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
-        """The inverse of `to_yaml`; a field left out keeps its default."""
-        import yaml
+        """The inverse of `to_yaml`; a field left out keeps its default. ValueError if the text is not YAML."""
+        from .yaml_text import read_yaml
 
-        return cls.from_dict(_mapping(yaml.safe_load(text)))
+        return cls.from_dict(_mapping(read_yaml(text, "the extrap configuration")))
 
     def save(self, path: str | Path) -> None:
         """Write YAML or JSON, by the file's ending."""

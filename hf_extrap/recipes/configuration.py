@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
 from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.yaml_text import read_yaml
 from hf_extrap.recipes import TASKS, get_task
+from hf_extrap.recipes.run_folder import read_json
 from hf_extrap.recipes.task import Task
-from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments, described
+from hf_extrap.training.arguments import (
+    ExtrapSeq2SeqTrainingArguments,
+    ExtrapTrainingArguments,
+    check_numbers,
+    described,
+)
 
 PROGRAM_DEFAULTS: dict[str, Any] = {
     # The history must contain a NaN loss; the stock filter repeats the last finite one.
@@ -31,20 +37,6 @@ PROGRAM_DEFAULTS: dict[str, Any] = {
 #: Fields that name the optimizer, and fields that configure it.
 OPTIMIZERS = ("optim", "base_optimizer")
 OF_OPTIMIZER = ("optim_args", "sgd_momentum", "sgd_nesterov")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: `save_strategy: no` is a string."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
 
 
 @dataclass
@@ -59,6 +51,7 @@ class RunArguments:
     save_model: bool = described(True, "Write the trained model, its card and its curves.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.abort_factor is not None and not self.abort_factor > 1:
             raise ValueError(f"abort_factor is {self.abort_factor}; allowed: a number > 1, or null.")
 
@@ -129,6 +122,10 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
     # Without an accelerator, the Trainer forms a process group of the processes only with use_cpu.
     if "use_cpu" not in given and not torch.accelerator.is_available():
         values["use_cpu"] = True
+    deepspeed = values["deepspeed"]
+    if isinstance(deepspeed, str) and os.path.isfile(deepspeed):
+        # Transformers would not name the file.
+        read_json(Path(deepspeed))
     run, task_arguments, training_arguments = (
         kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in parser.dataclass_types
     )
@@ -154,13 +151,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"configuration {path} does not exist.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', None) or error}.") from error
+    content = read_yaml(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
 from hf_extrap.recipes.task import check_fields
-from hf_extrap.training.arguments import described
+from hf_extrap.training.arguments import check_numbers, described
+from hf_extrap.training.checkpoints.matching import INDEX_FILE, shard_names
 from hf_extrap.training.extras import extra
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
+DIGESTS_FILE = "digests.json"
 #: File extension -> builder of `datasets` that reads it.
 READERS = {"txt": "text", "json": "json", "jsonl": "json", "parquet": "parquet"}
 ALLOWED_NAMES = "{train,validation,test}.{txt,json,jsonl,parquet}[.gz]"
@@ -40,6 +44,7 @@ class DataArguments:
     max_eval_samples: int | None = described(None, "Limit of the rows of validation and test.")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         names = ("max_train_samples", "max_eval_samples")
         limits = {name: getattr(self, name) is None or getattr(self, name) >= 1 for name in names}
         check_fields(self, **{name: (holds, "at least 1, or null for all rows") for name, holds in limits.items()})
@@ -82,7 +87,7 @@ def load_splits(
             import datasets
         origin = f"dataset {arguments.dataset!r}"
         try:
-            splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)
+            splits = datasets.load_dataset(arguments.dataset, arguments.dataset_config)  # nosec B615 # the user names it
         except (ConnectionError, FileNotFoundError) as error:
             missing = f"{origin} is neither 'builtin' nor found on the Hub or in its cache: {_one_line(error)}"
             raise FileNotFoundError(missing) from error
@@ -124,21 +129,77 @@ def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> Data
             raise ValueError(f"data_dir {str(folder)!r} has both {path.name} and {found[1].name}; keep one of them.")
         if path.stat().st_size == 0:
             raise ValueError(f"{str(path)!r} is empty; allowed: at least one row.")
-        try:
-            splits[name] = datasets.load_dataset(reader, data_files=str(path), split="train", cache_dir=str(cache_dir))
-        except Exception as error:
-            reason = _one_line(error.__cause__ or error)
-            raise ValueError(f"{str(path)!r} cannot be read as {reader}: {reason}") from error
+        splits[name] = _read_file(path, reader, cache_dir)
     return splits
 
 
+def _read_file(path: Path, reader: str, cache_dir: Path) -> Dataset:
+    """The rows of a data file, cached under a hash of its content."""
+    import datasets
+
+    file = str(path)
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as raw:
+            try:
+                rows = datasets.load_dataset(reader, data_files=file, split="train", cache_dir=raw)  # nosec B615 # local
+            except Exception as error:
+                reason = _one_line(error.__cause__ or error).removesuffix(".")
+                raise ValueError(f"{file!r} cannot be read as {reader}: {reason}.") from error
+            _check_images(rows, path)
+            rows.save_to_disk(folder / "rows")
+
+    key = f"{reader}-{path.suffix.removeprefix('.')}-{file_digest(path)}"
+    return datasets.load_from_disk(str(cached_folder(cache_dir, key, build) / "rows"))
+
+
+def _check_images(rows: Dataset, path: Path) -> None:
+    """Refuse rows that name image files instead of holding images: a name may lead to any file of this machine."""
+    import datasets
+
+    for column in [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]:
+        encoded = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        for batch in encoded.iter(batch_size=1000):
+            if any(image is None or image["bytes"] is None for image in batch[column]):
+                raise ValueError(f"{str(path)!r} has a row without an image in {column!r}; allowed: encoded images.")
+
+
+def check_texts(splits: DatasetDict, column: str) -> None:
+    """Raise a ValueError for the first row whose value in this column is not a text."""
+    for name, rows in splits.items():
+        batches = rows.select_columns(column).iter(batch_size=1000)
+        for number, text in enumerate(text for batch in batches for text in batch[column]):
+            if not isinstance(text, str):
+                raise ValueError(f"row {number} of split {name!r} has no text in {column!r}: {text!r:.80}.")
+
+
 def load_pretrained(auto: Any, name: str) -> Any:
-    """Load a model or a tokenizer by its Auto class; FileNotFoundError if it is not found."""
+    """Load a configuration, tokenizer or model by its Auto class; code from the Hub is never run.
+
+    Raises:
+        FileNotFoundError: it is not found.
+        ValueError: its files are damaged, or a model lacks weights.
+    """
+    what = {"AutoConfig": "configuration of model", "AutoTokenizer": "tokenizer of model"}.get(auto.__name__, "model")
+    is_model, index = what == "model", Path(name) / INDEX_FILE
+    if is_model and os.path.isfile(index):
+        # Transformers would follow ../x.
+        shard_names(index)
     try:
-        return auto.from_pretrained(name)
+        found = auto.from_pretrained(
+            name, trust_remote_code=False, **({"output_loading_info": True} if is_model else {})
+        )
     except OSError as error:
-        what = "tokenizer of model" if auto is AutoTokenizer else "model"
-        raise FileNotFoundError(f"{what} {name!r} cannot be loaded: {error}") from error
+        raise FileNotFoundError(f"{what} {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    # Damaged files raise errors of many types.
+    except Exception as error:
+        raise ValueError(f"{what} {name!r} cannot be loaded: {_one_line(error)}.") from error
+    if not is_model:
+        return found
+    model, information = found
+    if missing := sorted(information["missing_keys"]):
+        raise ValueError(f"model {name!r} has no weight {missing[0]!r} of its configuration; allowed: all weights.")
+    return model
 
 
 def _one_line(error: BaseException) -> str:
@@ -156,20 +217,52 @@ def content_fingerprint(splits: DatasetDict, *settings: Any) -> str:
 
 
 def cached_folder(root: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder `root/key`; `build(folder)` fills it the first time.
+    """Return the folder `root/key`; `build(folder)` fills it the first time, and again if a file in it has changed.
 
-    It is filled under a temporary name and then renamed, so that no process ever sees an incomplete folder.
+    It is filled under a temporary name and then renamed, so that no process ever sees an incomplete folder. Its file
+    `digests.json` holds a hash of every other file.
     """
     final = root / key
-    if not final.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
-        try:
-            build(temporary)
-            os.rename(temporary, final)
-        except OSError:
-            if not final.is_dir():  # otherwise another process was faster
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if final.is_dir() and _is_intact(final):
+        return final
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
+    try:
+        filled, damaged = temporary / "filled", temporary / "damaged"
+        filled.mkdir()
+        build(filled)
+        (filled / DIGESTS_FILE).write_text(json.dumps(_digests(filled)), encoding="utf-8")
+        if final.is_symlink() or final.exists():
+            logger.warning("%s is damaged: it is prepared again", final)
+            with suppress(FileNotFoundError):  # another process was faster
+                os.rename(final, damaged)
+        os.rename(filled, final)
+    except OSError:
+        if not (final.is_dir() and _is_intact(final)):  # otherwise another process was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """A hash of every file in a folder, by its relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_dir() and name != DIGESTS_FILE:
+            found[name] = file_digest(path)
+    return found
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8")) == _digests(folder)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

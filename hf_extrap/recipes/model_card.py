@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_extrap.recipes.markdown import code_block, escaped, one_line
+from hf_extrap.recipes.run_folder import plain
 from hf_extrap.recipes.task import spoken
 
 if TYPE_CHECKING:
@@ -21,12 +24,15 @@ HUB_TASKS = {
     "language_modeling": ("text-generation", "Text Generation"),
     "translation": ("translation", "Translation"),
 }
+#: Facts that name a language.
+LANGUAGES = ("language", "source_lang", "target_lang")
 #: Prefix of a metric -> split that it was measured on.
 SPLITS = {"eval": "validation", "test": "test"}
 
 
 def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | None) -> ModelCard:
     """Return the model card of a finished run, from metrics.json, with the figure of this name beside the card."""
+    metrics = plain(metrics)
     facts, metric = metrics["facts"], metrics["metric"]
     task = metrics["task"]
     pipeline, task_name = HUB_TASKS.get(task, (task.replace("_", "-"), task.replace("_", " ").capitalize()))
@@ -49,7 +55,7 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline,
-        language=[facts[key] for key in ("language", "source_lang", "target_lang") if facts.get(key)] or None,
+        language=[one_line(facts[key]) for key in LANGUAGES if facts.get(key)] or None,
         tags=["hf_extrap", "large-batch-training", "extragradient", f"extrap:{metrics['preset']}", "arxiv:2006.05720"],
         metrics=[metric],
         model_name=title,
@@ -58,19 +64,16 @@ def make_card(metrics: Mapping[str, Any], model: PreTrainedModel, figure: str | 
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        title=title,
+        title=escaped(title),
         preset=metrics["preset"],
         result_rows=result_rows(metrics),
         diverged=metrics["status"] == "diverged",
         figure=figure,
         training_rows=training_rows(metrics),
         extrap_fields=yaml.safe_dump(metrics["extrap"], sort_keys=False).strip(),
-        command=metrics["command"],
+        command=code_block(metrics["command"], "bash"),
         versions=", ".join(f"{name} {version}" for name, version in metrics["versions"].items()),
-        # A vertical bar would end the table cell.
-        data_rows=[
-            (n.replace("_", " "), _number(v).replace("|", "\\|")) for n, v in {**facts, "dataset": dataset}.items()
-        ],
+        data_rows=[(n.replace("_", " "), escaped(_number(v))) for n, v in {**facts, "dataset": dataset}.items()],
         loading=_loading(model),
     )
 
@@ -113,7 +116,8 @@ def _dataset_name(facts: Mapping[str, Any]) -> str:
     if dataset == "builtin":
         return "built-in text"
     # Of a local folder the card gives the name, not the path.
-    return Path(dataset).name if Path(dataset).is_dir() else dataset
+    is_path = os.path.isabs(dataset) or os.path.isdir(dataset)
+    return one_line(Path(dataset).name if is_path else dataset)
 
 
 def _loading(model: PreTrainedModel) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from hf_extrap.recipes.model_card import make_card
 from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder
+from hf_extrap.recipes.secrets import command_line
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
 from hf_extrap.training.extras import extra
@@ -79,11 +79,11 @@ def _run(
             import matplotlib  # noqa: F401  (for the curves, at the end)
     resume = _resume(folder, arguments.resume_from_checkpoint)
     folder.check(configuration.given, resume=resume is not None)
-    command = command or shlex.join(["hf-extrap", *sys.argv[1:]])
+    command = command or command_line(sys.argv[1:])
     first = arguments.process_index == 0
     # The first process writes after all have checked the folder.
     wait_for_everyone()
-    if first and not (folder.path / "run.json").exists():
+    if first and not folder.has_begun:
         folder.write_configuration({"arguments": configuration.given, "command": command, "versions": versions()})
 
     if arguments.deepspeed is not None and arguments.world_size > 1:
@@ -93,6 +93,7 @@ def _run(
         deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
+    _check_size(configuration, prepared)
     recorder = RunRecorder(folder)
     trainer = make_trainer(configuration, prepared)
     _check_precision(trainer, prepared.model)
@@ -179,6 +180,17 @@ def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Extrap
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ConciseProgress(prepared.metric))
     return trainer
+
+
+def _check_size(configuration: Configuration, prepared: PreparedTask) -> None:
+    """Refuse training data that do not fill one global batch: a worker would have none of it."""
+    arguments, found = configuration.training_arguments, len(prepared.train_dataset)  # type: ignore[arg-type]
+    factors = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
+    if found < math.prod(factors):
+        raise ValueError(
+            f"the training data have {found} items and one step takes {math.prod(factors)} ({factors[0]} per batch x "
+            f"{factors[1]} accumulated batches x {factors[2]} processes); allowed: at least one step per epoch."
+        )
 
 
 def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:

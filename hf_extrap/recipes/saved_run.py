@@ -13,6 +13,7 @@ from transformers import set_seed
 from hf_extrap.recipes.configuration import Configuration, resolve, to_words
 from hf_extrap.recipes.run import make_trainer
 from hf_extrap.recipes.run_folder import CONFIGURATION_FILE, RunFolder
+from hf_extrap.recipes.secrets import is_secret
 from hf_extrap.training.checkpoints.finding import check_whole
 from hf_extrap.training.checkpoints.folders import MANIFEST_FILE
 from hf_extrap.training.checkpoints.matching import INDEX_FILE, WEIGHTS_FILE, check_checkpoint_matches
@@ -66,7 +67,8 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
         )
     if run is not None:
         recorded = RunFolder(run).read_configuration()["arguments"]
-        fields = to_words({k: v for k, v in recorded.items() if k not in UNUSED and v is not None})
+        known = {k: v for k, v in recorded.items() if k not in UNUSED and not is_secret(k)}
+        fields = to_words({name: value for name, value in known.items() if value is not None})
     else:
         fields = ["--model", str(folder)]
     # The Trainer creates its output folder, so it gets one that exists.
@@ -79,9 +81,13 @@ def load_saved_run(folder: Path, words: Sequence[str] = (), config: str | None =
     check_checkpoint_matches(folder, prepared.model)
     if (folder / MANIFEST_FILE).is_file():
         check_whole(folder, configuration.training_arguments.checkpoint_integrity)
-    weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
-    # Into the model of the task: a loaded one would also train fixed positions.
-    prepared.model.float().load_state_dict(weights)
+    try:
+        weights = type(prepared.model).from_pretrained(folder, use_safetensors=True, dtype=torch.float32).state_dict()
+        # Into the model of the task: a loaded one would also train fixed positions.
+        prepared.model.float().load_state_dict(weights)
+    # A damaged config.json raises errors of many types.
+    except Exception as error:
+        raise ValueError(f"the model in {folder} cannot be loaded: {' '.join(str(error).split())}") from error
     trainer = cast(ExtrapTrainer, make_trainer(configuration, prepared))
     step = folder.name.removeprefix("checkpoint-")
     rate = _load_optimizer(trainer, folder / OPTIMIZER_FILE)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_extrap.recipes.model_card import result_rows, training_rows
 from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, METRICS_FILE
@@ -37,7 +38,7 @@ def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Conso
     # A path that is wrapped cannot be copied.
     for name, file in (("model card", CARD_FILE), ("figure", CURVES_FILE), ("all numbers", METRICS_FILE)):
         if (folder / file).exists():
-            console.print(f"  {name:<12}{folder / file}", soft_wrap=True, highlight=False)
+            console.print(f"  {name:<12}{folder / file}", soft_wrap=True, highlight=False, markup=False)
     if metrics["status"] == "diverged":
         console.print("The run diverged: its metric is not finite. Decrease --learning_rate or the step size.")
 
@@ -46,10 +47,16 @@ def make_table(
     title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], header: bool = True, numbers: bool = True
 ) -> Table:
     """Return a table whose first column is text; with `numbers`, the other columns are right-aligned."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=header)
+    # Text, because strings may hold markup: an output folder, the name of a method.
+    table = Table(
+        title=None if title is None else Text(title, style="table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_header=header,
+    )
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index > 0 and header and numbers else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=header and index == 0)
+        table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=header and index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

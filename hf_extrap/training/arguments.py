@@ -25,6 +25,37 @@ def described(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+#: Smallest values of fields of `TrainingArguments`, which it does not check itself.
+LEAST: dict[str, float] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), 1),
+    **dict.fromkeys("learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps num_train_epochs".split(), 0),
+    **dict.fromkeys("seed data_seed dataloader_num_workers label_smoothing_factor neftune_noise_alpha".split(), 0),
+}
+
+
+def check_numbers(arguments: Any) -> None:
+    """Raise a ValueError for a number that is not finite, a whole number of over 64 bits, or one below `LEAST`.
+
+    Args:
+        arguments: a dataclass; a default is not checked.
+    """
+    for each in dataclasses.fields(arguments):
+        value, least = getattr(arguments, each.name, None), LEAST.get(each.name, -math.inf)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float) or number == each.default:
+                continue
+            if not (abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)):
+                # The digits of a whole number may be many.
+                shown = number if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
+                allowed = "a finite number" if isinstance(number, float) else "one of at most 63 bits"
+                raise ValueError(f"{each.name} is {shown}; allowed: {allowed}.")
+            if number < least:
+                raise ValueError(f"{each.name} is {number}; allowed: a number >= {least:g}.")
+            if "seed" in each.name and number >= 2**32:
+                raise ValueError(f"{each.name} is {number}; allowed: a whole number below 2 ** 32.")
+
+
 def _override(text: str) -> Any:
     return described(None, f"{text} Overrides the preset.")
 
@@ -128,6 +159,11 @@ class ExtrapArguments(Base):
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        # With base_optimizer they may be any Python literals.
+        pairs = self.optim_args.split(",") if self.optim_args and self.base_optimizer is None else []
+        if any(pair.count("=") != 1 for pair in pairs):
+            raise ValueError(f"optim_args is {self.optim_args!r}; allowed: name=value, separated by commas.")
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -139,6 +175,8 @@ class ExtrapArguments(Base):
         if workers > 1:
             self.gradient_accumulation_steps: int = workers
         super().__post_init__()
+        if not isinstance(self.lr_scheduler_kwargs, dict | None):
+            raise ValueError(f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs!r:.80}; allowed: a mapping.")
         shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
             "checkpoint_integrity": (self.checkpoint_integrity in get_args(Integrity), ", ".join(get_args(Integrity))),
@@ -170,6 +208,10 @@ class ExtrapArguments(Base):
                     f"(optim at its default, {self.default_optim!r})."
                 )
             base_optimizer(self, self.base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle, without the token: the stock Trainer saves it in every checkpoint."""
+        return {**vars(self), "hub_token": None}
 
     def extrap_config(self) -> ExtrapConfig:
         """The scheme that `extrap` and the `extrap_*` fields name.

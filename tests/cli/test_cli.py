@@ -156,7 +156,7 @@ def test_errors_of_files_and_processes_are_one_sentence(
         (PermissionError(errno.EACCES, "Permission denied", "run"), "run: Permission denied."),
         (OSError("gpt3 is not\n  a model"), "gpt3 is not a model."),
         (yaml.YAMLError("a tab in line 3"), "a tab in line 3."),
-        (full_disk, f"torch.save cannot write a file, as on a full disk: {full_disk}."),
+        (full_disk, f"a file cannot be written, as on a full disk: {full_disk}."),
     ):
         monkeypatch.setattr(check_launch, "run", Mock(side_effect=error))
         assert error_of("doctor") == sentence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,9 +178,11 @@ def test_replicas_that_differ_are_detected(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.distributed
-def test_an_error_in_two_processes_is_printed_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
+def test_each_process_prints_its_error_once(tiny_translation: Path, launch: Callable[..., str]) -> None:
     printed = launch("-m", "hf_extrap", "train", tiny_translation, "--extrap", "bogus", processes=2, expect=1)
-    assert printed.count("hf-extrap: error: extrap preset is 'bogus'") == 1
+    # The launcher may stop a process before it prints.
+    errors = re.findall(r"hf-extrap:( process 1:)? error: extrap preset is 'bogus'", printed)
+    assert 1 <= len(errors) == len(set(errors))
 
 
 @pytest.mark.distributed

@@ -81,6 +81,9 @@ def test_which_folders_are_accepted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "thesis.tex").check({"seed": 1}, resume=False)
     folder = begin(tmp_path / "run", seed=1)
+    # It failed before it logged anything: the corrected run may replace it.
+    folder.check({"seed": 2}, resume=False)
+    folder.write_history([{"step": 1, "loss": 2.5}])
     folder.check({"seed": 1}, resume=False)
     with pytest.raises(ValueError, match="another run: its seed is 1, not 2"):
         folder.check({"seed": 2}, resume=True)

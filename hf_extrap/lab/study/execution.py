@@ -13,7 +13,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_extrap.lab.study.folder import DROPPED
-from hf_extrap.lab.study.plan import Cell, Row
+from hf_extrap.lab.study.plan import Cell
+from hf_extrap.lab.study.rows import Row
 from hf_extrap.lab.study.statistics import gradients_per_step
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes.configuration import resolve
@@ -56,7 +57,10 @@ def execute(cell: Cell, folder: RunFolder, command: str, deadline: float | None 
             run(configuration, command, [Deadline(deadline)] if deadline is not None else [], print_logs=False)
         # Read back, so that numbers that are not finite are null.
         history = folder.read_history()
-        row |= _measured(folder.read_metrics(), history)
+        try:
+            row |= _measured(folder.read_metrics(), history)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder.path} holds no results of a run ({error!r}); delete the folder.") from error
         given = {name: value for name, value in configuration.given.items() if name not in UNCOMPARED}
     except OutOfTime:
         raise

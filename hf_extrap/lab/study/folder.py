@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_extrap.lab.study.plan import Row
+from hf_extrap.lab.study.rows import Row, parse_row
 from hf_extrap.lab.study.specification import Study
-from hf_extrap.recipes.run_folder import RunFolder, plain, write_text
+from hf_extrap.recipes.run_folder import RunFolder, plain, read_rows, read_text, write_text
 
 ROWS_FILE, HISTORIES, RUNS, LOCK_FILE = "rows.jsonl", "histories", "runs", ".lock"
 
@@ -55,12 +55,9 @@ class StudyFolder:
             return {}
         rows = {}
         # What follows the last newline was cut off while it was written.
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-            try:
-                row = json.loads(line)
-                rows[row["fingerprint"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is not a row of a study; delete the line.") from error
+        for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
+            row = parse_row(line, f"{path}, line {number},")
+            rows[row["fingerprint"]] = row
         return rows
 
     def append(self, row: Mapping[str, Any], history: Iterable[Mapping[str, Any]]) -> None:
@@ -79,8 +76,7 @@ class StudyFolder:
 
     def history(self, fingerprint: str) -> list[dict[str, Any]]:
         """The rows of a run's compact history; empty if it logged nothing."""
-        path = self.path / HISTORIES / f"{fingerprint}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return read_rows(self.path / HISTORIES / f"{fingerprint}.jsonl")
 
     def run_folder(self, fingerprint: str) -> RunFolder:
         """Where a run works until it is done."""

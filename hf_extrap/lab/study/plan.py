@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_extrap.lab.study.rows import Row
 from hf_extrap.lab.study.search import Point, corners, grid, suggest
 from hf_extrap.lab.study.specification import Study
 from hf_extrap.recipes.configuration import Configuration, read_mapping, resolve, to_words
 from hf_extrap.recipes.run_folder import UNCOMPARED, plain
 
-Row = dict[str, Any]
 Rows = Mapping[str, Row]
 """The row of each run that is done, by its fingerprint."""
 

@@ -15,6 +15,7 @@ from hf_extrap.lab.study.results import PERFECT_SCALING_MARGIN, Entry, Results, 
 from hf_extrap.lab.study.specification import Study, read_study
 from hf_extrap.lab.study.statistics import Estimate
 from hf_extrap.recipes.figures import spoken
+from hf_extrap.recipes.markdown import code, escaped, escaped_text
 from hf_extrap.recipes.run_folder import plain, write_json, write_text
 from hf_extrap.recipes.tables import make_table
 from hf_extrap.training.versions import versions
@@ -56,13 +57,13 @@ def report_study(
     # Narrower than this the columns of numbers are folded beyond reading.
     console.width = max(console.width, 120)
     for title, tables in _sections(results):
-        console.print(f"\n{title}", style="bold", highlight=False)
+        console.print(f"\n{title}", style="bold", highlight=False, markup=False)
         for table in tables:
             console.print(make_table(None, *table))
     for sentence in _sentences(results):
-        console.print(sentence, style="dim", soft_wrap=True, highlight=False)
+        console.print(sentence, style="dim", soft_wrap=True, highlight=False, markup=False)
     for name in (REPORT_FILE, SUMMARY_FILE, *figures):
-        console.print(str(folder.path / name), soft_wrap=True, highlight=False)
+        console.print(str(folder.path / name), soft_wrap=True, highlight=False, markup=False)
     return results
 
 
@@ -185,20 +186,21 @@ def _sentences(results: Results) -> list[str]:
 
 def markdown(results: Results, figures: dict[str, str], command: str) -> str:
     """The content of report.md; `figures` holds the caption of each file."""
-    lines = [f"# {results.study.name.replace('_', ' ').capitalize()}", ""]
-    lines += [text for sentence in _sentences(results) for text in (sentence, "")]
+    lines = [f"# {escaped(results.study.name.replace('_', ' ').capitalize())}", ""]
+    lines += [text for sentence in _sentences(results) for text in (escaped_text(sentence), "")]
     for title, tables in _sections(results):
         lines += [f"## {title[:1].upper()}{title[1:]}", ""]
         for columns, rows in tables:
-            lines += [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-            lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+            lines += [f"| {' | '.join(map(escaped, columns))} |", "|---|" + "---:|" * (len(columns) - 1)]
+            lines += [f"| {' | '.join(map(escaped, row))} |" for row in rows] + [""]
     for name, caption in figures.items():
-        lines += [f"![{caption}]({name})", "", caption, ""]
+        lines += [f"![{escaped_text(caption)}]({name})", "", escaped_text(caption), ""]
     # Each library's version in the rows, all of them where they differ.
     found = [row["versions"] for e in results.entries for row in [*e.tuning, *e.finals] if row.get("versions")]
     names = list(found[0]) if found else []
     used = [f"{name} {' / '.join(sorted({of_run.get(name, '?') for of_run in found}))}" for name in names]
-    return "\n".join([*lines, f"Command: `{command}`. Versions of the runs: {', '.join(used)}.", ""])
+    versions_used = escaped_text(", ".join(used))
+    return "\n".join([*lines, f"Command: {code(command)}. Versions of the runs: {versions_used}.", ""])
 
 
 def summary(results: Results) -> dict[str, Any]:

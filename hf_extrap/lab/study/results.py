@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from hf_extrap.lab.study.folder import StudyFolder
-from hf_extrap.lab.study.plan import Chain, Plan, Row, Rows
+from hf_extrap.lab.study.plan import Chain, Plan, Rows
+from hf_extrap.lab.study.rows import Row
 from hf_extrap.lab.study.search import Point
 from hf_extrap.lab.study.specification import Reference, Study, Target
 from hf_extrap.lab.study.statistics import (

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hf_extrap.lab.study.execution import OutOfTime, execute
 from hf_extrap.lab.study.folder import StudyFolder, study_folder
-from hf_extrap.lab.study.plan import Cell, Plan, Row
+from hf_extrap.lab.study.plan import Cell, Plan
 from hf_extrap.lab.study.pool import quiet, start, stop
+from hf_extrap.lab.study.rows import Row
 from hf_extrap.lab.study.specification import Study, read_study
 
 
@@ -102,7 +103,7 @@ class _Runner:
                 pass
             except KeyboardInterrupt:
                 code = 130
-        self.console.print(self._summary(), soft_wrap=True, highlight=False)
+        self.console.print(self._summary(), soft_wrap=True, highlight=False, markup=False)
         return code or (1 if self.failed else 0)
 
     def _submit(self) -> bool:

@@ -31,7 +31,9 @@ def number(value: Any) -> Any:
     return found if math.isfinite(found) else value
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Name = Annotated[str, Field(pattern=r"^[\w(][^\x00-\x1f\x7f/\\$`*\[\]<>|{}]{0,99}$")]
+"""A name in folders, tables and figures."""
 Number = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
 Fields = dict[str, Any]
 
@@ -134,10 +136,10 @@ class Study:
         target: for the steps, gradients and seconds to it.
     """
 
-    name: str
+    name: Name
     config: Path | None
     batches: Annotated[list[Batch], Field(min_length=1)]
-    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    methods: Annotated[dict[Name, Method], Field(min_length=1)]
     search: Search
     seeds: Annotated[list[int], Field(min_length=1)]
     tune_seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
@@ -233,6 +235,8 @@ def read_study(path: str | Path) -> Study:
         study = TypeAdapter(Study).validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         raise ValueError(f"{path}: {_sentence(error)}") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{path} holds what no study can: {error}.") from error
     if study.config is None:
         return study
     for candidate in (study.config, path.parent / study.config):
@@ -256,10 +260,14 @@ def _sentence(error: ValidationError) -> str:
         return f"{where} is unknown" + (f" (did you mean {close[0]!r}?)." if close else ".")
     if found["type"].startswith("missing"):
         return f"{where} is missing."
+    if found["type"] == "string_pattern_mismatch":
+        where = where.removesuffix(".[key]")
+        allowed = "at most 100 characters, the first a letter or a digit, none of / \\\\ $ ` * [ ] < > | { }"
+        return f"{where}: {found['input']!r:.60} is no name; allowed: {allowed}."
     if found["type"] == "too_short":
         return f"{where} is empty; allowed: at least one."
     allowed = found["msg"].removeprefix("Input should be ").replace("array", "list")
-    return f"{where or 'the study'} is {found['input']!r}; allowed: {allowed}."
+    return f"{where or 'the study'} is {found['input']!r:.200}; allowed: {allowed}."
 
 
 def listed(names: Iterable[Any]) -> str:

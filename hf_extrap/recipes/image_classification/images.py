@@ -128,6 +128,8 @@ def decode(
         files = split.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         for batch in files.iter(batch_size=1000):
             for file in batch[image_column]:
+                if file is None:
+                    raise ValueError(f"split {name!r} has a row without an image; allowed: images.")
                 digest.update(file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes())
 
     def build(folder: Path) -> None:
@@ -149,8 +151,14 @@ def decode(
 
 def _decode(split: datasets.Dataset, name: str, image_column: str) -> np.ndarray:
     images: np.ndarray | None = None
-    for index, row in enumerate(tqdm(split.select_columns(image_column), desc=f"Decoding {name}", leave=False)):
-        image = np.asarray(row[image_column].convert("RGB")).transpose(2, 0, 1)
+    rows = split.select_columns(image_column)
+    for index in tqdm(range(len(rows)), desc=f"Decoding {name}", leave=False):
+        try:
+            image = np.asarray(rows[index][image_column].convert("RGB")).transpose(2, 0, 1)
+        # Decoders of damaged files raise errors of many types.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"image {index} of split {name!r} cannot be decoded: {reason}.") from error
         if images is None:
             images = np.empty((len(split), *image.shape), dtype=np.uint8)
         if image.shape != images.shape[1:]:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_extrap.recipes.models  # noqa: F401  (registers `extrap_lstm`)
-from hf_extrap.recipes.data import DataArguments, load_splits
+from hf_extrap.recipes.data import DataArguments, check_texts, load_pretrained, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
 from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
@@ -84,6 +84,7 @@ class LanguageModelingTask:
         config, tokenizer = _load_config(arguments.model) if arguments.model is not None else (None, None)
         with training_arguments.main_process_first(desc="text data"):
             splits = load_splits(arguments, columns=("text",), builtin=builtin_text)
+            check_texts(splits, "text")
             tokenizer, ids = token_streams(splits, arguments.cache_root, tokenizer, arguments.vocab_size)
         model = _build_model(arguments, config, tokenizer)
         if arguments.unigram_bias:
@@ -124,21 +125,13 @@ class LanguageModelingTask:
 
 def _load_config(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
     """Configuration and, if it has one, tokenizer of a model."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"model {name!r} is neither a folder with a config.json nor found on the Hub or in its cache."
-        ) from error
+    config = load_pretrained(AutoConfig, name)
     if config.is_encoder_decoder:
         raise ValueError(f"model {name!r} is an encoder-decoder ({config.model_type}); allowed: causal models.")
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return config, None
-    try:
-        return config, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {error}") from error
+    return config, load_pretrained(AutoTokenizer, name)
 
 
 def _build_model(
@@ -146,13 +139,14 @@ def _build_model(
 ) -> PreTrainedModel:
     """The pretrained model of `arguments.model`, or a new one of its configuration or of `arguments.model_type`."""
     name, folder = str(arguments.model), Path(str(arguments.model))
-    has_weights = not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    kinds = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    has_weights = not folder.is_dir() or any(any(folder.glob(kind)) for kind in kinds)
     if config is not None and not arguments.from_scratch and has_weights:
         if arguments.config_overrides:
             raise ValueError(
                 "`config_overrides` is given with a pretrained `model`; allowed: with `from_scratch` true."
             )
-        model = AutoModelForCausalLM.from_pretrained(name)
+        model = load_pretrained(AutoModelForCausalLM, name)
         if len(tokenizer) > model.config.vocab_size:
             raise ValueError(
                 f"model {name!r} has {model.config.vocab_size} tokens and the text {len(tokenizer)}; save "
@@ -168,7 +162,11 @@ def _build_model(
         check_fields(arguments, model_type=(known, f"{LSTM!r}, or a type of AutoConfig, such as 'gpt2'"))
         config = AutoConfig.for_model(arguments.model_type)
     if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
+        try:
+            config.update_from_string(arguments.config_overrides)
+        except ValueError as error:
+            reason = str(error).removesuffix(".")
+            raise ValueError(f"`config_overrides` is {arguments.config_overrides!r}: {reason}.") from error
     config.vocab_size = len(tokenizer)
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, getattr(tokenizer, token))

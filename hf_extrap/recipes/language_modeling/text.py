@@ -120,7 +120,7 @@ def token_streams(
 
     folder = cached_folder(cache_root, key, build)
     if tokenizer is None:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")  # nosec B615 # a local folder
     return tokenizer, {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in splits}
 
 

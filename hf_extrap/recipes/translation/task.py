@@ -188,7 +188,7 @@ def encode(
         rows.save_to_disk(folder / "splits")
 
     folder = cached_folder(arguments.cache_root / "translation", key, build)
-    tokenizer = given or PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    tokenizer = given or PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")  # nosec B615 # a local folder
     encoded = datasets.load_from_disk(str(folder / "splits"))
     counts = {f"{name}_texts_cut": sum(encoded[name]["cut"][:]) for name in encoded}
     return tokenizer, encoded.remove_columns("cut"), counts

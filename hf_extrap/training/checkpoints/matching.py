@@ -46,10 +46,22 @@ def check_checkpoint_matches(checkpoint: str | Path, model: nn.Module) -> None:
             raise ValueError(f"{another} it has no weight {names[0]!r}.")
 
 
+def shard_names(index: Path) -> list[str]:
+    """Names of the files in an index of shards; ValueError unless all are names of files in the index's own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # A name such as ../x would lead out of the folder.
+        if wrong := [name for name in names if Path(name).name != name or name in ("", "..")]:
+            raise ValueError(f"it names {wrong[0]!r:.100}")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is not an index of weights: {error}; allowed: names of files beside it.") from error
+    return names
+
+
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     index, files = folder / INDEX_FILE, [WEIGHTS_FILE]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = shard_names(index)
     shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         path = folder / name

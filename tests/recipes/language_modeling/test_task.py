@@ -201,7 +201,7 @@ def test_bad_data_is_refused(folder: Path, tmp_path: Path, spoil: Any, error: ty
     [
         ({"data_dir": "nowhere"}, FileNotFoundError, "is not a folder"),
         ({"dataset": "no/such-corpus"}, FileNotFoundError, "neither 'builtin' nor found on the Hub"),
-        ({"model": "nowhere"}, FileNotFoundError, "neither a folder with a config.json"),
+        ({"model": "nowhere"}, FileNotFoundError, "configuration of model 'nowhere' cannot be loaded"),
         ({"model_type": "gpt-nothing"}, ValueError, "type of AutoConfig"),
         ({"seq_len": 0}, ValueError, "at least 1"),
         ({"max_train_samples": 0}, ValueError, "`max_train_samples` is 0"),
