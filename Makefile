@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-all study bench gpu gpu-bench gpu-study lint clean
+.PHONY: run test test-all soak study bench gpu gpu-bench gpu-study lint clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed-recipes
@@ -23,6 +23,10 @@ test: .venv/installed-test
 # With the whole matrix of engines, schemes and optimizers, some ten minutes more.
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
+
+# Tens of thousands of random cases and runs of 20,000 steps, of which make test runs few.
+soak: .venv/installed-test
+	HF_EXTRAP_SOAK=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 tests/faults
 
 # The studies for two cores, each about an hour or less, and their reports.
 study: .venv/installed-lab

@@ -56,6 +56,7 @@ class Extrapolated(OptimizerWrapper):
         loss_scale: factor of a worker's mean loss before backward, 1 / virtual_workers unless set.
         step_count: steps taken.
         skipped_steps: steps skipped for an overflow or a gradient that is not finite.
+        skipped_in_a_row: those of them since the last step that was taken.
         collect_statistics: whether the next step fills `statistics`.
         statistics: of the last step that collected any; see `StepStatistics`.
         is_resumed: whether a state has been loaded.
@@ -70,7 +71,7 @@ class Extrapolated(OptimizerWrapper):
         check_arguments(base, config, virtual_workers)
         self.base, self.config, self.virtual_workers, self.grad_scaler = base, config, virtual_workers, grad_scaler
         self.loss_scale = 1 / virtual_workers
-        self.step_count = self.skipped_steps = 0
+        self.step_count = self.skipped_steps = self.skipped_in_a_row = 0
         self.collect_statistics = self.is_resumed = False
         self.statistics: dict[str, float] = {}
         self._assemble(Engine(base))
@@ -96,7 +97,7 @@ class Extrapolated(OptimizerWrapper):
             raise RuntimeError("connect was called in the middle of a step; allowed: between two steps.")
         if not self.is_resumed:
             # Some engines take a step without gradients when they start.
-            self.step_count = self.skipped_steps = 0
+            self.step_count = self.skipped_steps = self.skipped_in_a_row = 0
         before = self.scheme
         self._assemble(engine_of(model, self.base))
         self.scheme.take_over(before)
@@ -108,8 +109,7 @@ class Extrapolated(OptimizerWrapper):
     @property
     def wants_probe(self) -> bool:
         """Whether a gradient at x, inside `probing`, must come before the next `train`."""
-        if self.in_progress.was_abandoned():
-            self.discard()
+        self.notice_skip()
         step = self.in_progress
         if step.is_probed or not self.scheme.needs_probe(self.step_count):
             return False
@@ -139,8 +139,7 @@ class Extrapolated(OptimizerWrapper):
     @torch.no_grad()
     def train(self, worker: int | None = None) -> None:
         """Move the parameters from x to the worker's y, before its forward pass; a second call changes nothing."""
-        if self.in_progress.was_abandoned():
-            self.discard()
+        self.notice_skip()
         scheme, step, number = self.scheme, self.in_progress, self.step_count
         key = step.select(worker, self.virtual_workers)
         step.is_probed = step.is_observed = False
@@ -232,9 +231,15 @@ class Extrapolated(OptimizerWrapper):
         noted = self.in_progress.statistics if self.collect_statistics else None
         self.scheme.after_step(self.step_count, stepped, self.in_progress.probed, noted)
         self.step_count += 1
+        self.skipped_in_a_row = 0
         self.reset_step()
 
     # A step that is not taken
+
+    def notice_skip(self) -> None:
+        """Discard a step that ended without `step`, such as one that a `GradScaler` has withheld."""
+        if self.in_progress.was_abandoned():
+            self.discard()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; gradients that were not stepped with make it a skipped step (see `discard`)."""
@@ -243,10 +248,15 @@ class Extrapolated(OptimizerWrapper):
         self.base.zero_grad(set_to_none)
 
     def discard(self) -> None:
-        """Skip the step in progress: x is restored, past directions are dropped, and `skipped_steps` counts it."""
+        """Skip the step in progress: x is restored, past directions are dropped, and `skipped_steps` counts it.
+
+        The 1st, 2nd, 4th, 8th, ... step skipped in a row is warned of.
+        """
         self.skipped_steps += 1
-        message = "step %d was skipped (overflow, or a gradient that is not finite); %d skipped so far"
-        logger.warning(message, self.step_count, self.skipped_steps)
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row.bit_count() == 1:
+            message = "step %d was skipped (overflow, or a gradient that is not finite); %d in a row, %d so far"
+            logger.warning(message, self.step_count, self.skipped_in_a_row, self.skipped_steps)
         self.scheme.direction.store.clear()
         self.reset_step()
 

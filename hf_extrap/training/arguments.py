@@ -60,6 +60,11 @@ class ExtrapArguments(Base):
     extrap_check_finite: bool | None = _override("Skip a step whose gradient is not finite.")
     extrap_swap: bool | None = _override("Point parameters to y instead of copying x; unset: only on the CPU.")
     extrap_seed: int | None = _override("Seed of noise and rounding; default: the training's seed.")
+    max_skipped_steps: int | None = described(
+        30,
+        "Steps skipped in a row, for a gradient that is not finite, after which an extrapolated training ends with an "
+        "error; a GradScaler skips about 16 before it has found its scale. None: never.",
+    )
     extrap_virtual_workers: int = described(
         1,
         "Workers that each process simulates, one accumulation micro-batch each. Sets gradient_accumulation_steps, "
@@ -135,6 +140,10 @@ class ExtrapArguments(Base):
         super().__post_init__()
         shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
+            "max_skipped_steps": (
+                self.max_skipped_steps is None or self.max_skipped_steps >= 1,
+                "a whole number >= 1, or none",
+            ),
             "sharpness_batches": (self.sharpness_batches >= 0, "a whole number >= 0"),
             "recalibrate_batch_norm": (self.recalibrate_batch_norm >= 0, "a whole number >= 0"),
             "local_steps": (self.local_steps >= 1, "a whole number >= 1"),
