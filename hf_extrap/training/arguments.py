@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_extrap.optim.config import Batch, Direction, DirectionDevice, DirectionDtype, ExtrapConfig, Scaling, Scope
 
+from .argument_types import check_types
 from .optimizers import base_optimizer
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class ExtrapArguments(Base):
     )
 
     def __post_init__(self) -> None:
+        # The others are fields of an ExtrapConfig, which checks them.
+        check_types(self, ExtrapArguments, {f"extrap_{scheme.name}" for scheme in dataclasses.fields(ExtrapConfig)})
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -161,8 +164,10 @@ class ExtrapArguments(Base):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
         self.extrap_config()
         if self.lr_scaling != "none" and self.base_batch_size is None:
-            tuned = "the batch size that learning_rate was tuned at"
-            raise ValueError(f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, {tuned}.")
+            raise ValueError(
+                f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing; allowed: a number > 0, the batch "
+                "size that learning_rate was tuned at."
+            )
         if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":
             raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")
         if self.base_optimizer is not None:
@@ -182,7 +187,7 @@ class ExtrapArguments(Base):
         names = [config_field.name for config_field in dataclasses.fields(ExtrapConfig)]
         values = {name: getattr(self, f"extrap_{name}") for name in names}
         given = {name: value for name, value in values.items() if value is not None}
-        if "step_size" in given and given["step_size"] != "auto":
+        if isinstance(given.get("step_size"), str) and given["step_size"] != "auto":
             try:
                 given["step_size"] = float(given["step_size"])
             except ValueError:

@@ -19,6 +19,7 @@ def cases(quick: int, soak: int, **options: int) -> settings:
     """Settings of a property test with so many cases; those of `quick` are the same in every run."""
     return settings(
         max_examples=count(quick, soak),
+        report_multiple_bugs=False,
         derandomize=not IS_SOAK,
         deadline=None,
         database=None,
