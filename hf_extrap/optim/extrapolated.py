@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from . import state
 from .buffers import Buffers
@@ -203,7 +203,10 @@ class Extrapolated(OptimizerWrapper):
         """
         if self.engine.steps_inside:
             return step_part(self)
-        if self.config.direction == "none" and not (self.collect_statistics or self.scheme.hooks.seen):
+        observes = self.collect_statistics or self.scheme.hooks.seen
+        if self.config.direction == "none" and (isinstance(self.base, LBFGS) or not observes):
+            # LBFGS evaluates its closure many times a step: there is no gradient of the step to observe.
+            self.scheme.hooks.forget()
             self.train_base()
             self.step_count += 1
             return self.base.step(closure)

@@ -56,8 +56,9 @@ def test_too_many_skipped_steps_end_the_run(preset: str, tmp_path: Path) -> None
     warnings = Warnings()
     trainer = spoiled(tmp_path, range(5, 1000), extrap=preset, max_steps=200)
     message = (
-        r"^30 steps in a row were skipped up to step 35, each for a gradient that is not finite; allowed: fewer than 30 "
-        r"\(max_skipped_steps\), by a smaller learning_rate \(0.05\) or extrapolation step size, or by data without NaN.$"
+        r"^30 steps in a row were skipped up to step 35, each for a gradient that is not finite; allowed: fewer than "
+        r"30 \(max_skipped_steps\), by a smaller learning_rate \(0.05\) or extrapolation step size, or by data without "
+        r"NaN.$"
     )
     with pytest.raises(ValueError, match=message):
         trainer.train()
