@@ -24,7 +24,7 @@ def cases(quick: int, soak: int, **options: int) -> settings:
         deadline=None,
         database=None,
         print_blob=True,
-        **({'phases': [Phase.explicit, Phase.generate]} if os.environ.get('NOSHRINK') else {}),
+        **({"phases": [Phase.explicit, Phase.generate]} if os.environ.get("NOSHRINK") else {}),
         suppress_health_check=list(HealthCheck),
         **options,
     )
