@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_extrap import ExtrapTrainer
@@ -130,3 +132,46 @@ def test_the_history_of_a_run_with_skipped_steps_is_written(tmp_path: Path) -> N
     trainer.state.save_to_json(str(tmp_path / "state.json"))
     rows = json.loads((tmp_path / "state.json").read_text())["log_history"]
     assert math.isnan(rows[3]["loss"]) and rows[3]["extrap/skipped_steps"] == 1
+
+
+class Normalized(nn.Module):
+    """A classifier with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.norm, self.head = nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Linear(8, 50)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.norm(self.embedding(input_ids).mean(1))
+        if self.training and self.spoiled():
+            hidden = self.norm(hidden * math.nan)
+        return {"loss": nn.functional.cross_entropy(self.head(hidden), labels[:, 0])}
+
+    def spoiled(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("preset", ["extrap", "extrap-past"])
+def test_a_skipped_step_leaves_no_trace_in_running_statistics(preset: str, tmp_path: Path) -> None:
+    """A batch of NaN would leave BatchNorm's statistics, and so every evaluation, NaN for good."""
+    model: Any = Normalized()
+    fields: dict[str, Any] = {"extrap": preset, "max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer = make(tmp_path, model=model, eval_strategy="steps", eval_steps=1, **fields)
+    seen = []
+    model.spoiled = lambda: trainer.state.global_step in (1, 3)
+    evaluate = trainer.evaluate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        metrics = evaluate(*args, **kwargs)
+        seen.append([metrics["eval_loss"], model.norm.running_mean.clone(), model.norm.running_var.clone()])
+        return metrics
+
+    trainer.evaluate = watched
+    trainer.train()
+    assert trainer.extrapolated.skipped_steps == 2
+    (loss, *statistics), (same_loss, *same), (other, *_), (same_other, *_) = seen
+    assert math.isfinite(loss) and loss == same_loss and math.isfinite(other) and other == same_other != loss
+    assert all(torch.equal(a, b) for a, b in zip(statistics, same, strict=True))
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert torch.isfinite(saved["norm.running_var"]).all()
