@@ -148,7 +148,7 @@ def base_alone(model: Model, steps: int) -> list[list[Any]]:
     return xs
 
 
-@cases(400, 14_000)
+@cases(150, 14_000)
 @given(PARAMETERS, st.sampled_from(sorted(BASES)), SCHEMES, st.integers(1, 2), st.booleans())
 def test_every_step_is_the_bases_from_x(
     kinds: list[tuple[str, str]], base: str, config: ExtrapConfig, workers: int, collects: bool

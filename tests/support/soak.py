@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 
 IS_SOAK = bool(os.environ.get("HF_EXTRAP_SOAK"))
 """Whether this is a soak."""
@@ -24,7 +24,6 @@ def cases(quick: int, soak: int, **options: int) -> settings:
         deadline=None,
         database=None,
         print_blob=True,
-        **({"phases": [Phase.explicit, Phase.generate]} if os.environ.get("NOSHRINK") else {}),
         suppress_health_check=list(HealthCheck),
         **options,
     )
