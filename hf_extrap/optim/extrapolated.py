@@ -204,7 +204,7 @@ class Extrapolated(OptimizerWrapper):
         if self.engine.steps_inside:
             return step_part(self)
         observes = self.collect_statistics or self.scheme.hooks.seen
-        if self.config.direction == "none" and (isinstance(self.base, LBFGS) or not observes):
+        if isinstance(self.base, LBFGS) or (self.config.direction == "none" and not observes):
             # LBFGS evaluates its closure many times a step: there is no gradient of the step to observe.
             self.scheme.hooks.forget()
             self.train_base()

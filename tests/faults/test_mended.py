@@ -43,7 +43,7 @@ def test_what_is_no_json_mapping_is_refused_in_our_words(text: Any) -> None:
     assert_refusal(caught.value)
 
 
-class Scope(str, enum.Enum):
+class Scope(str, enum.Enum):  # noqa: UP042, since a StrEnum would be written
     LOCAL = "local"
 
 
@@ -88,10 +88,11 @@ def test_parameters_without_memory_are_refused(preset: str) -> None:
     assert_refusal(caught.value)
 
 
-def test_lbfgs_steps_while_statistics_are_collected() -> None:
+@pytest.mark.parametrize("config", [ExtrapConfig(), ExtrapConfig.preset("extrap", step_size=0.0)], ids=["none", "0"])
+def test_lbfgs_steps_while_statistics_are_collected(config: ExtrapConfig) -> None:
     def train(collects: bool) -> tuple[torch.Tensor, Extrapolated]:
         p = nn.Parameter(torch.tensor([2.0, -3.0]))
-        optimizer = Extrapolated(torch.optim.LBFGS([p], lr=0.5), ExtrapConfig.preset("none"))
+        optimizer = Extrapolated(torch.optim.LBFGS([p], lr=0.5), config)
         optimizer.collect_statistics = collects
 
         def closure() -> torch.Tensor:
