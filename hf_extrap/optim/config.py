@@ -87,6 +87,10 @@ class ExtrapConfig(Serializable):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # A numpy float or a string Enum is one of these, and neither JSON nor YAML can write it.
+        for name, value in vars(self).items():
+            if isinstance(value, (str, float)):
+                object.__setattr__(self, name, "".join([value]) if isinstance(value, str) else float(value))
         check_fields(vars(self))
         check_combination(vars(self))
 
@@ -143,7 +147,7 @@ class ExtrapConfig(Serializable):
         Raises:
             ValueError: for an unknown preset or field, or for fields that do not go together.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"extrap preset is {name!r}; allowed: {', '.join(PRESETS)}.")
         fields = dict(PRESETS[name])
         if overrides.get("step_size") is not None or overrides.get("step_ratio") is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from . import state
 from .buffers import Buffers
@@ -55,7 +55,7 @@ class Extrapolated(OptimizerWrapper):
     Attributes:
         loss_scale: factor of a worker's mean loss before backward, 1 / virtual_workers unless set.
         step_count: steps taken.
-        skipped_steps: steps skipped for an overflow or a gradient that is not finite.
+        skipped_steps, skipped_in_a_row: steps skipped for an overflow or a gradient that is not finite; the last ones.
         collect_statistics: whether the next step fills `statistics`.
         statistics: of the last step that collected any; see `StepStatistics`.
         is_resumed: whether a state has been loaded.
@@ -70,7 +70,7 @@ class Extrapolated(OptimizerWrapper):
         check_arguments(base, config, virtual_workers)
         self.base, self.config, self.virtual_workers, self.grad_scaler = base, config, virtual_workers, grad_scaler
         self.loss_scale = 1 / virtual_workers
-        self.step_count = self.skipped_steps = 0
+        self.step_count = self.skipped_steps = self.skipped_in_a_row = 0
         self.collect_statistics = self.is_resumed = False
         self.statistics: dict[str, float] = {}
         self._assemble(Engine(base))
@@ -96,7 +96,7 @@ class Extrapolated(OptimizerWrapper):
             raise RuntimeError("connect was called in the middle of a step; allowed: between two steps.")
         if not self.is_resumed:
             # Some engines take a step without gradients when they start.
-            self.step_count = self.skipped_steps = 0
+            self.step_count = self.skipped_steps = self.skipped_in_a_row = 0
         before = self.scheme
         self._assemble(engine_of(model, self.base))
         self.scheme.take_over(before)
@@ -108,8 +108,7 @@ class Extrapolated(OptimizerWrapper):
     @property
     def wants_probe(self) -> bool:
         """Whether a gradient at x, inside `probing`, must come before the next `train`."""
-        if self.in_progress.was_abandoned():
-            self.discard()
+        self.notice_skip()
         step = self.in_progress
         if step.is_probed or not self.scheme.needs_probe(self.step_count):
             return False
@@ -139,8 +138,7 @@ class Extrapolated(OptimizerWrapper):
     @torch.no_grad()
     def train(self, worker: int | None = None) -> None:
         """Move the parameters from x to the worker's y, before its forward pass; a second call changes nothing."""
-        if self.in_progress.was_abandoned():
-            self.discard()
+        self.notice_skip()
         scheme, step, number = self.scheme, self.in_progress, self.step_count
         key = step.select(worker, self.virtual_workers)
         step.is_probed = step.is_observed = False
@@ -204,7 +202,10 @@ class Extrapolated(OptimizerWrapper):
         """
         if self.engine.steps_inside:
             return step_part(self)
-        if self.config.direction == "none" and not (self.collect_statistics or self.scheme.hooks.seen):
+        observes = self.collect_statistics or self.scheme.hooks.seen
+        if isinstance(self.base, LBFGS) or (self.config.direction == "none" and not observes):
+            # LBFGS evaluates its closure many times a step: there is no gradient of the step to observe.
+            self.scheme.hooks.forget()
             self.train_base()
             self.step_count += 1
             return self.base.step(closure)
@@ -232,9 +233,15 @@ class Extrapolated(OptimizerWrapper):
         noted = self.in_progress.statistics if self.collect_statistics else None
         self.scheme.after_step(self.step_count, stepped, self.in_progress.probed, noted)
         self.step_count += 1
+        self.skipped_in_a_row = 0
         self.reset_step()
 
     # A step that is not taken
+
+    def notice_skip(self) -> None:
+        """Discard a step that ended without `step`, such as one that a `GradScaler` has withheld."""
+        if self.in_progress.was_abandoned():
+            self.discard()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; gradients that were not stepped with make it a skipped step (see `discard`)."""
@@ -243,10 +250,12 @@ class Extrapolated(OptimizerWrapper):
         self.base.zero_grad(set_to_none)
 
     def discard(self) -> None:
-        """Skip the step in progress: x is restored, past directions are dropped, and `skipped_steps` counts it."""
+        """Skip the step in progress: restore x, drop past directions, and warn of the 1st, 2nd, 4th, ... in a row."""
         self.skipped_steps += 1
-        message = "step %d was skipped (overflow, or a gradient that is not finite); %d skipped so far"
-        logger.warning(message, self.step_count, self.skipped_steps)
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row.bit_count() == 1:
+            message = "step %d was skipped (overflow, or a gradient that is not finite); %d in a row, %d so far"
+            logger.warning(message, self.step_count, self.skipped_in_a_row, self.skipped_steps)
         self.scheme.direction.store.clear()
         self.reset_step()
 
@@ -267,14 +276,8 @@ class Extrapolated(OptimizerWrapper):
         """The factor that turns a gradient of the scaled loss into that of the mean loss that a direction is of."""
         return 1 / ((self.loss_scale if self.config.is_local else 1.0) * self.in_progress.scale.current())
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; within a step it has no direction yet."""
-        super().add_param_group(param_group)
-        try:
-            check_params(self._params(), self.config)
-        except ValueError:
-            self.param_groups.pop()
-            raise
+    def _check_params(self) -> None:
+        check_params(self._params(), self.config)
 
     # Saving
     state_dict = state.state_dict

@@ -41,7 +41,8 @@ class LastStep:
         Written over the copy of x where its dtype allows it.
         """
         params = self._engine.params()
-        wide = [x if x.dtype in (torch.float32, torch.float64) else x.float() for x in self._before.values()]
+        halves = (torch.bfloat16, torch.float16)
+        wide = [x.float() if x.dtype in halves else x for x in self._before.values()]
         if wide:
             now = [held(params[i]) for i in self._before]
             same = [p if p.dtype == x.dtype else p.to(x.dtype) for p, x in zip(now, wide, strict=True)]

@@ -23,6 +23,7 @@ class ExtrapolatedOptimizer(Protocol):
     virtual_workers: int
     step_count: int
     skipped_steps: int
+    skipped_in_a_row: int
     collect_statistics: bool
     is_resumed: bool
     engine: Engine

@@ -97,6 +97,10 @@ class Scheme:
         moves, factors = self.scaling(list(d.values()), [x[i] for i in indices], lengths)
         d = dict(zip(indices, moves, strict=True))
         steps, first = self.step_size.steps(worker, self._engine.groups(), d, factors, self.last_step.lengths)
+        if self._config.check_finite and self.needs_probe(step):
+            # An infinite y may saturate into a finite gradient: a direction that is not finite makes all of y NaN.
+            nothing = total_norm([v for v in stored if v is not None]).mul(0)
+            steps = [s + (nothing.item() if nothing.device.type == "cpu" else nothing) for s in steps]
         if self.measures_curvature(step):
             self._distances[worker] = length_of(self.preconditioner.in_metric(d, -0.5), steps)
         number = self._engine.number_of(worker) if self.direction.local else 0

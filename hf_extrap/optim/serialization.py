@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,7 +36,7 @@ class Serializable(DataclassInstance):
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`; a field left out keeps its default."""
-        return cls.from_dict(_mapping(json.loads(text)))
+        return cls.from_dict(_mapping(text, "JSON", json.loads))
 
     def to_yaml(self) -> str:
         """Every field, as a YAML mapping."""
@@ -48,7 +49,7 @@ class Serializable(DataclassInstance):
         """The inverse of `to_yaml`; a field left out keeps its default. ValueError if the text is not YAML."""
         from .yaml_text import read_yaml
 
-        return cls.from_dict(_mapping(read_yaml(text, "the extrap configuration")))
+        return cls.from_dict(_mapping(text, "YAML", lambda text: read_yaml(text, "the extrap configuration")))
 
     def save(self, path: str | Path) -> None:
         """Write YAML or JSON, by the file's ending."""
@@ -63,7 +64,16 @@ class Serializable(DataclassInstance):
         return cls.from_json(text) if path.suffix == ".json" else cls.from_yaml(text)
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"an extrap configuration is a mapping of fields, not {type(value).__name__}.")
-    return value
+def _mapping(text: object, language: str, parse: Callable[[str], object]) -> dict[str, Any]:
+    """The fields that a text holds; parsers raise errors of many kinds, some of them not their own."""
+    allowed = f"allowed: a mapping of fields in {language}."
+    if not isinstance(text, str):
+        raise ValueError(f"the text of an extrap configuration is a {type(text).__name__}; {allowed}")
+    try:
+        fields = parse(text)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the text of an extrap configuration is no {language} ({reason}); {allowed}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"the text of an extrap configuration is a {type(fields).__name__}; {allowed}")
+    return fields

@@ -110,6 +110,7 @@ def _progress(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     return {
         "step_count": optimizer.step_count,
         "skipped_steps": optimizer.skipped_steps,
+        "skipped_in_a_row": optimizer.skipped_in_a_row,
         "peak_lr": list(optimizer.scheme.step_size.peak_lr),
     }
 
@@ -117,6 +118,7 @@ def _progress(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
 def _load_progress(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) -> None:
     optimizer.step_count = int(state.get("step_count", 0))
     optimizer.skipped_steps = int(state.get("skipped_steps", 0))
+    optimizer.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
     optimizer.scheme.step_size.peak_lr = [float(rate) for rate in state.get("peak_lr", [])]
 
 
@@ -173,7 +175,7 @@ def _check(holds: bool, name: str, value: Any, allowed: str) -> None:
 
 def _check_progress(state: Any, where: str) -> None:
     _check(isinstance(state, Mapping), where.rstrip("."), state, "a mapping")
-    for name in ("step_count", "skipped_steps"):
+    for name in ("step_count", "skipped_steps", "skipped_in_a_row"):
         value = state.get(name, 0)
         _check(isinstance(value, int) and value >= 0, where + name, value, "a whole number >= 0")
     rates = state.get("peak_lr", [])

@@ -53,13 +53,21 @@ class OptimizerWrapper(Optimizer):
         self.base.defaults = defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer."""
+        """Add a group to the base optimizer, unless a check of the parameters refuses it."""
         self.base.add_param_group(param_group)
+        try:
+            self._check_params()
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def train_base(self) -> None:
         """Put a base optimizer that has modes, such as a schedule-free one, into its training mode."""
         if hasattr(self.base, "train"):
             self.base.train()
+
+    def _check_params(self) -> None:
+        """Raise a ValueError for parameters that cannot be optimized."""
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -21,10 +21,10 @@ from hf_extrap.optim.yaml_text import read_yaml
 from hf_extrap.recipes import TASKS, get_task
 from hf_extrap.recipes.run_folder import read_json
 from hf_extrap.recipes.task import Task
+from hf_extrap.training.argument_types import check_numbers
 from hf_extrap.training.arguments import (
     ExtrapSeq2SeqTrainingArguments,
     ExtrapTrainingArguments,
-    check_numbers,
     described,
 )
 

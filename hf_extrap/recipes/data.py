@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_extrap.recipes.task import check_fields
-from hf_extrap.training.arguments import check_numbers, described
+from hf_extrap.training.argument_types import check_numbers
+from hf_extrap.training.arguments import described
 from hf_extrap.training.checkpoints.matching import INDEX_FILE, shard_names
 from hf_extrap.training.extras import extra
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_extrap.optim.config import Batch, Direction, DirectionDevice, DirectionDtype, ExtrapConfig, Scaling, Scope
 
+from .argument_types import check_numbers, check_types
 from .checkpoints.finding import Integrity
 from .optimizers import base_optimizer
 
@@ -23,37 +24,6 @@ else:
 def described(default: Any, text: str) -> Any:
     """A dataclass field with a default and the text that `--help` prints for it."""
     return field(default=default, metadata={"help": text})
-
-
-#: Smallest values of fields of `TrainingArguments`, which it does not check itself.
-LEAST: dict[str, float] = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), 1),
-    **dict.fromkeys("learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps num_train_epochs".split(), 0),
-    **dict.fromkeys("seed data_seed dataloader_num_workers label_smoothing_factor neftune_noise_alpha".split(), 0),
-}
-
-
-def check_numbers(arguments: Any) -> None:
-    """Raise a ValueError for a number that is not finite, a whole number of over 64 bits, or one below `LEAST`.
-
-    Args:
-        arguments: a dataclass; a default is not checked.
-    """
-    for each in dataclasses.fields(arguments):
-        value, least = getattr(arguments, each.name, None), LEAST.get(each.name, -math.inf)
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float) or number == each.default:
-                continue
-            if not (abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)):
-                # The digits of a whole number may be many.
-                shown = number if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
-                allowed = "a finite number" if isinstance(number, float) else "one of at most 63 bits"
-                raise ValueError(f"{each.name} is {shown}; allowed: {allowed}.")
-            if number < least:
-                raise ValueError(f"{each.name} is {number}; allowed: a number >= {least:g}.")
-            if "seed" in each.name and number >= 2**32:
-                raise ValueError(f"{each.name} is {number}; allowed: a whole number below 2 ** 32.")
 
 
 def _override(text: str) -> Any:
@@ -92,6 +62,11 @@ class ExtrapArguments(Base):
     extrap_check_finite: bool | None = _override("Skip a step whose gradient is not finite.")
     extrap_swap: bool | None = _override("Point parameters to y instead of copying x; unset: only on the CPU.")
     extrap_seed: int | None = _override("Seed of noise and rounding; default: the training's seed.")
+    max_skipped_steps: int | None = described(
+        30,
+        "Steps skipped in a row, for a gradient that is not finite, after which an extrapolated training ends with an "
+        "error; a GradScaler skips about 16 before it has found its scale. None: never.",
+    )
     extrap_virtual_workers: int = described(
         1,
         "Workers that each process simulates, one accumulation micro-batch each. Sets gradient_accumulation_steps, "
@@ -164,6 +139,8 @@ class ExtrapArguments(Base):
         pairs = self.optim_args.split(",") if self.optim_args and self.base_optimizer is None else []
         if any(pair.count("=") != 1 for pair in pairs):
             raise ValueError(f"optim_args is {self.optim_args!r}; allowed: name=value, separated by commas.")
+        # The others are fields of an ExtrapConfig, which checks them.
+        check_types(self, ExtrapArguments, {f"extrap_{scheme.name}" for scheme in dataclasses.fields(ExtrapConfig)})
         workers, steps = self.extrap_virtual_workers, self.gradient_accumulation_steps
         if workers < 1:
             raise ValueError(f"extrap_virtual_workers is {workers}; allowed: a whole number >= 1.")
@@ -179,7 +156,10 @@ class ExtrapArguments(Base):
             raise ValueError(f"lr_scheduler_kwargs is {self.lr_scheduler_kwargs!r:.80}; allowed: a mapping.")
         shares, both_warm = self.lr_milestones, bool(self.warmup_epochs and self.warmup_steps)
         conditions: dict[str, tuple[bool, str]] = {
-            "checkpoint_integrity": (self.checkpoint_integrity in get_args(Integrity), ", ".join(get_args(Integrity))),
+            "max_skipped_steps": (
+                self.max_skipped_steps is None or self.max_skipped_steps >= 1,
+                "a whole number >= 1, or none",
+            ),
             "sharpness_batches": (self.sharpness_batches >= 0, "a whole number >= 0"),
             "recalibrate_batch_norm": (self.recalibrate_batch_norm >= 0, "a whole number >= 0"),
             "local_steps": (self.local_steps >= 1, "a whole number >= 1"),
@@ -197,8 +177,10 @@ class ExtrapArguments(Base):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
         self.extrap_config()
         if self.lr_scaling != "none" and self.base_batch_size is None:
-            tuned = "the batch size that learning_rate was tuned at"
-            raise ValueError(f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing, {tuned}.")
+            raise ValueError(
+                f"lr_scaling is {self.lr_scaling!r} and base_batch_size is missing; allowed: a number > 0, the batch "
+                "size that learning_rate was tuned at."
+            )
         if (self.sgd_momentum or self.sgd_nesterov) and self.optim != "sgd":
             raise ValueError(f"sgd_momentum and sgd_nesterov need optim 'sgd', and optim is {str(self.optim)!r}.")
         if self.base_optimizer is not None:
@@ -222,7 +204,7 @@ class ExtrapArguments(Base):
         names = [config_field.name for config_field in dataclasses.fields(ExtrapConfig)]
         values = {name: getattr(self, f"extrap_{name}") for name in names}
         given = {name: value for name, value in values.items() if value is not None}
-        if "step_size" in given and given["step_size"] != "auto":
+        if isinstance(given.get("step_size"), str) and given["step_size"] != "auto":
             try:
                 given["step_size"] = float(given["step_size"])
             except ValueError:

@@ -17,6 +17,7 @@ from hf_extrap.optim.local_sgd import LocalSGD
 from hf_extrap.optim.random import generator_for
 
 from .arguments import ExtrapArguments, ExtrapTrainingArguments
+from .callbacks import SkippedStepsLimit
 from .checkpoints.finding import check_whole, find_checkpoint
 from .checkpoints.matching import check_checkpoint_matches
 from .checkpoints.rank_state import load_rank_state, save_rank_state
@@ -93,7 +94,8 @@ class ExtrapTrainerMixin(TrainerBase):
         self._running_loss = RunningLoss(self)
         # In the order in which an evaluation needs them.
         first: list[Component] = [self.local_sgd, self.carried, self._batch_norm, self.sharpness]
-        self._components = [*first, self._fresh, Diagnostics(self), Directions(self), self._running_loss]
+        self._components = [*first, self._fresh, self._running_loss, Diagnostics(self), Directions(self)]
+        self.add_callback(SkippedStepsLimit(self))
 
     @property
     def extrapolated(self) -> Extrapolated | None:
@@ -254,7 +256,11 @@ class ExtrapTrainerMixin(TrainerBase):
         is_whole = self._micro_batch == len(self._fresh.batches) and not self.is_deepspeed_enabled
         if is_whole and optimizer.collect_statistics:
             optimizer.observe()
-        return loss
+        return (
+            loss
+            if self.extrap_config.direction == "none"
+            else self._running_loss.summand(loss, len(self._fresh.batches))
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None

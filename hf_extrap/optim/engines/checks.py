@@ -40,6 +40,8 @@ def check_params(params: Sequence[Tensor], config: ExtrapConfig) -> None:
     for place, p in enumerate(params if config.moves else ()):
         if p.is_complex():
             raise ValueError(f"parameter {place} is {p.dtype}; allowed: real parameters, or direction 'none'.")
+        if p.device.type == "meta":
+            raise ValueError(f"parameter {place} is on the meta device; allowed: one with memory, or direction 'none'.")
         if not isinstance(p, DTensor) and any(n > 1 and s == 0 for n, s in zip(p.shape, p.stride(), strict=True)):
             raise ValueError(
                 f"parameter {place} of shape {tuple(p.shape)} is expanded: several of its elements share memory; "

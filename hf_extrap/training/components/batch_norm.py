@@ -29,8 +29,12 @@ class BatchNormStatistics(Component):
         self._recent: deque[Inputs] = deque(maxlen=trainer.args.recalibrate_batch_norm)
         self._has_batch_norm = bool(batch_norms(trainer.model))
         self._recalibrated_at: list[int] | None = None
+        self._before: list[torch.Tensor] = []
 
     def before_step(self, batches: Sequence[Inputs]) -> None:
+        self._take_back_skipped()
+        if self._has_batch_norm and self.trainer.extrap_config.moves:
+            self._before = [statistic.clone() for statistic in running_statistics(self.trainer.model)]
         if self._recent.maxlen and self._has_batch_norm:
             self._recent.extend(batches)
             self._recalibrated_at = None
@@ -44,6 +48,7 @@ class BatchNormStatistics(Component):
         if not self._has_batch_norm:
             return
         trainer = self.trainer
+        self._take_back_skipped()
         if not self._recent:
             if dist.is_available() and dist.is_initialized():
                 # Processes gather their own from one step to the next; those of the first are saved.
@@ -55,9 +60,21 @@ class BatchNormStatistics(Component):
                 statistic.copy_(trainer.accelerator.reduce(statistic, "mean"))
             self._recalibrated_at = None if trainer.has_engine else self._hashes()
 
+    def _take_back_skipped(self) -> None:
+        """Take back what a skipped step has counted: its y, or its batch, may have made the statistics NaN for good."""
+        if not self._before or (optimizer := self.trainer.extrapolated) is None:
+            return
+        optimizer.notice_skip()
+        if optimizer.skipped_in_a_row:
+            for statistic, before in zip(running_statistics(self.trainer.model), self._before, strict=True):
+                statistic.copy_(before)
+            self._before = []
+
     def before_save(self, is_checkpoint: bool) -> None:
         """As before an evaluation; a checkpoint keeps the statistics as they are, so that training can resume."""
-        if not is_checkpoint:
+        if is_checkpoint:
+            self._take_back_skipped()
+        else:
             self.before_evaluate()
 
     def _hashes(self) -> list[int]:
