@@ -99,7 +99,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("deepspeed")
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+ENGINES = [pytest.param(engine, marks=pytest.mark.matrix if engine == "zero0" else []) for engine in PRESETS]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def ranks(request: pytest.FixtureRequest, folder: Path, run_processes: Callable[..., Any]) -> list[dict[str, Any]]:
     """What the two processes saw under one engine."""
     engine = request.param

@@ -73,6 +73,7 @@ def test_processes_that_see_a_signal_in_different_steps_stop_in_the_same_one(tmp
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 def test_torchrun_names_the_rank_that_died_and_its_restart_resumes(
     tiny_language_model: Path, tmp_path: Path, launch: Callable[..., str]
 ) -> None:

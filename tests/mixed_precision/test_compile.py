@@ -36,10 +36,13 @@ class Compiled:
         return forward
 
 
-RUNS = [("float32", preset) for preset in PRESETS] + [
-    ("bf16 autocast", "extrap"),
+MATRIX = [pytest.param("float32", preset, marks=pytest.mark.matrix) for preset in PRESETS if preset != "extrap"]
+RUNS = [
+    *MATRIX,
+    ("float32", "extrap"),
+    pytest.param("bf16 autocast", "extrap", marks=pytest.mark.matrix),
     ("bf16 parameters", "extrap-past"),
-    ("fp16 and GradScaler", "extrap-past"),
+    pytest.param("fp16 and GradScaler", "extrap-past", marks=pytest.mark.matrix),
 ]
 
 

@@ -84,11 +84,14 @@ def test_learning_rates_are_scaled_to_the_batch(write_study: WriteStudy) -> None
     assert study.methods["none"].search["learning_rate"] == [0.001, 0.01, 1, "auto"]
 
 
-def test_every_shipped_study_resolves(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+STUDIES = sorted(path.name for path in (Path(__file__).parents[3] / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.matrix] if name.startswith("gpu_") else []) for name in STUDIES]
+)
+def test_a_shipped_study_resolves(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
-    paths = sorted((repository / "configs" / "studies").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        plan = Plan(read_study(path))
-        plan.check()
-        assert len(plan.ready({})) == len(plan.chains) * plan.study.search.trials * len(plan.study.tune_seeds) > 0
+    plan = Plan(read_study(repository / "configs" / "studies" / name))
+    plan.check()
+    assert len(plan.ready({})) == len(plan.chains) * plan.study.search.trials * len(plan.study.tune_seeds) > 0
