@@ -156,14 +156,12 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def run_processes(launch: Callable[..., str]) -> Callable[..., list[Any]]:
+def run_processes() -> Callable[..., list[Any]]:
     """What `in_processes(folder, *words)` of a module returns in each process: `run_processes(module, folder, …)`."""
 
     def run(module: str, folder: Path, *words: str | Path, processes: int = 2) -> list[Any]:
-        import torch
+        from tests.support.in_processes import results
 
-        folder.mkdir(exist_ok=True)
-        launch("tests/support/in_processes.py", module, folder, *words, processes=processes)
-        return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
+        return results(module, folder, words, processes)
 
     return run

@@ -1,15 +1,57 @@
-"""Run by torchrun as `in_processes.py MODULE FOLDER WORD…`: FOLDER/rank_R.pt is what MODULE.in_processes returns."""
+"""Processes of one job, forked from a server that has imported the package once: torchrun would import it in each."""
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
+import socket
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+
+def start(
+    work: Callable[..., Any], folder: Path, processes: int, *words: Any, timeout: float = 300
+) -> list[int | None]:
+    """Call `work(folder, rank, *words)` in new processes that can form a process group.
+
+    Returns:
+        Their exit codes, None for one that hangs. What they print is in FOLDER/rank_R.log.
+    """
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.tiny_trainer"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = []
+    for rank in range(processes):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        environment = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+        process = context.Process(target=_run, args=(work, folder, rank, words, environment))
+        process.start()
+        begun.append(process)
+    for process in begun:
+        process.join(timeout)
+    codes = [process.exitcode for process in begun]
+    for process in begun:
+        process.kill()
+    return codes
+
+
+def results(module: str, folder: Path, words: tuple[Any, ...], processes: int) -> list[Any]:
+    """What `in_processes(folder, *words)` of a module returns in each process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = start(_keep_result, folder, processes, module, *words)
+    logs = "".join(f"rank {rank}:\n{(folder / f'rank_{rank}.log').read_text()[-4000:]}" for rank in range(processes))
+    assert codes == [0] * processes, f"exit codes {codes}\n{logs}"
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 def leave() -> NoReturn:
@@ -24,9 +66,25 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-if __name__ == "__main__":
+def _run(
+    work: Callable[..., Any], folder: Path, rank: int, words: tuple[Any, ...], environment: dict[str, Any]
+) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    module, folder, *words = sys.argv[1:]
-    seen = importlib.import_module(module).in_processes(Path(folder), *words)
-    torch.save(seen, Path(folder) / f"rank_{dist.get_rank()}.pt")
-    leave()
+    with _printing_to(folder / f"rank_{rank}.log"):
+        work(folder, rank, *words)
+        leave()
+
+
+def _keep_result(folder: Path, rank: int, module: str, *words: Any) -> None:
+    torch.save(importlib.import_module(module).in_processes(folder, *words), folder / f"rank_{rank}.pt")
+
+
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Output of libraries in C++ goes there too; errors are printed before the process ends."""
+    with path.open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    yield

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from hf_extrap.training.signals import stopping_on_signals
+from tests.support.in_processes import start
 from tests.support.tiny_trainer import Sentences, gpt2, make, weights
 
 FIELDS: dict[str, Any] = {
@@ -88,16 +85,8 @@ def operations(folder: Path, kill: Kill | None) -> itertools.count[int]:
     return counter
 
 
-def attempt(folder: Path, engine: str, rank: int, port: int, kill: Kill | None) -> None:
+def attempt(beside: Path, rank: int, folder: Path, engine: str, kill: Kill | None) -> None:
     """Train to the end, from the newest whole checkpoint; leaves a digest of the weights and a count of operations."""
-    count = ENGINES[engine]
-    if count > 1:
-        local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **local
-        )
-    sys.stdout = sys.stderr = (folder.parent / f"{folder.name}_{rank}.log").open("a")
-    torch.set_num_threads(1)
     fields = {**FIELDS, "extrap": "optimistic" if engine == "fsdp2" else "extrap-past"}
     if engine in ("zero1", "fsdp2"):
         # Only here, since DeepSpeed takes seconds to import.
@@ -116,38 +105,18 @@ def attempt(folder: Path, engine: str, rank: int, port: int, kill: Kill | None) 
     with stopping_on_signals(trainer):
         trainer.train(resume_from_checkpoint=resume)
     digest = hashlib.sha256(whole(trainer).numpy().tobytes()).hexdigest()
-    (folder.parent / f"{folder.name}_{rank}.done").write_text(f"{digest} {next(counter)}")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    os._exit(0)
+    (beside / f"rank_{rank}.done").write_text(f"{digest} {next(counter)}")
 
 
-def launch(folder: Path, engine: str, kill: Kill | None, timeout: float = 120) -> list[int | None]:
+def launch(folder: Path, engine: str, kill: Kill | None) -> list[int | None]:
     """One attempt in as many processes as the engine has; returns their exit codes, None for one that hangs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started: list[ForkServerProcess] = []
-    for rank in range(ENGINES[engine]):
-        process = context().Process(target=attempt, args=(folder, engine, rank, port, kill))
-        process.start()
-        started.append(process)
-    for process in started:
-        process.join(timeout)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    return codes
+    beside = folder.parent / f"{folder.name}_processes"
+    beside.mkdir(exist_ok=True)
+    return start(attempt, beside, ENGINES[engine], folder, engine, kill, timeout=120)
 
 
 def digests(folder: Path, engine: str) -> tuple[set[str], int]:
     """The digests that the processes have left, and the number of operations of the first one."""
-    texts = [(folder.parent / f"{folder.name}_{rank}.done").read_text().split() for rank in range(ENGINES[engine])]
+    beside = folder.parent / f"{folder.name}_processes"
+    texts = [(beside / f"rank_{rank}.done").read_text().split() for rank in range(ENGINES[engine])]
     return {digest for digest, _ in texts}, int(texts[0][1])
-
-
-def context() -> ForkServerContext:
-    """A server that has imported the package once and forks each process in milliseconds."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.support.tiny_trainer", "tests.support.killed"])
-    return found
