@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,8 @@ class Scheme:
         if self._config.check_finite and self.needs_probe(step):
             # An infinite y may saturate into a finite gradient: a direction that is not finite makes all of y NaN.
             nothing = total_norm([v for v in stored if v is not None]).mul(0)
-            steps = [s + (nothing.item() if nothing.device.type == "cpu" else nothing) for s in steps]
+            added: Any = nothing.tolist() if nothing.device.type == "cpu" else nothing
+            steps = [s + added for s in steps]
         if self.measures_curvature(step):
             self._distances[worker] = length_of(self.preconditioner.in_metric(d, -0.5), steps)
         number = self._engine.number_of(worker) if self.direction.local else 0

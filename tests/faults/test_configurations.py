@@ -118,6 +118,7 @@ class FewArguments:
     adam_beta1 = 0.9
     adam_beta2 = 0.999
     adam_epsilon = 1e-8
+    lr_scheduler_kwargs = None
 
     def __post_init__(self) -> None:
         pass

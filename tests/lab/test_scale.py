@@ -64,6 +64,7 @@ def test_engines_communicate_what_the_formulas_say(launch: Callable[..., str], m
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 def test_hsdp_communicates_what_the_formulas_say(launch: Callable[..., str]) -> None:
     counted = count(launch, 4, "hsdp")
     assert counted == {f"hsdp {preset}": on_paper("hsdp", preset, 4) for preset in PRESETS}

@@ -50,4 +50,6 @@ def test_a_diverged_run_is_cut_short(tiny_language_model: Path, tmp_path: Path) 
     assert metrics["status"] == "diverged"
     assert metrics["diverged_at"] == metrics["steps"] == 2
     assert (metrics["eval"], metrics["test"]) == ({}, None)
-    assert sorted(path.name for path in folder.path.iterdir()) == ["history.jsonl", "metrics.json", "run.json"]
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        *("_run.lock", "history.jsonl", "metrics.json", "run.json"),
+    ]

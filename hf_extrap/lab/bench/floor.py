@@ -46,13 +46,15 @@ def moved(config: ExtrapConfig, swap: bool = True, workers: int = 1) -> float:
     drawn = 1 if config.is_noise else 0
     norms = {"none": 0, "norm": 1, "step": 1, "layer_step": 1, "layer": 2, "filter": 5, "adaptive": 9}[config.scaling]
     step = 1.0 if config.check_finite else 0.0
+    # A fresh direction is checked too.
+    checked = 1 if config.check_finite and config.is_fresh else 0
     if config.direction == "past_update":
         # x is copied before the step, the new x subtracted, and the difference divided by the learning rate.
         step += 2 + 3 + 2
     elif config.scales_by_step or config.max_displacement is not None:
         step += 2 + 3 + 1
     captured = 2 if config.direction in ("gradient", "past_gradient") else 0
-    there, back = drawn + norms + 3 + (0 if swap else 2), 0 if swap else 2
+    there, back = drawn + norms + checked + 3 + (0 if swap else 2), 0 if swap else 2
     return (there + captured + back) * moves + step
 
 

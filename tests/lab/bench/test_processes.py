@@ -44,6 +44,7 @@ def test_a_failure_is_a_sentence(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.matrix
 def test_local_directions_send_nothing_more_and_global_fresh_ones_a_gradient() -> None:
     kinds = list(dict.fromkeys(kind for group in processes.GROUPS for kind in group))
     found = processes.run(kinds, 2, math.inf, "translation")
@@ -56,5 +57,6 @@ def test_local_directions_send_nothing_more_and_global_fresh_ones_a_gradient() -
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 def test_both_processes_end_when_time_does() -> None:
     assert processes.run(("base", "none"), 10**6, time.monotonic() + 1, "translation") == {}
