@@ -98,22 +98,19 @@ Ranks = list[dict[str, Any]]
 alone = functools.cache(engine_problem.alone)
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[..., Any]) -> Ranks:
-    """What the two processes saw, by engine; one launch, for starting takes as long as running."""
-    return run_processes(__name__, tmp_path_factory.mktemp("engines"), "few", *ENGINES)
-
-
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.matrix if name in ("zero0", "zero1") else []) for name in ENGINES],
+)
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
-def ranks(few: Ranks, engine: str) -> Ranks:
+def ranks(engine: str, tmp_path_factory: pytest.TempPathFactory, run_processes: Callable[..., Any]) -> Ranks:
     """What the two processes saw under one engine."""
-    return [rank[engine] for rank in few]
+    return [rank[engine] for rank in run_processes(__name__, tmp_path_factory.mktemp(engine), "few", engine)]
 
 
 def check_cells(engine: str, cells: Sequence[Cell], ranks: Ranks) -> None:

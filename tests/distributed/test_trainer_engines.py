@@ -30,7 +30,7 @@ GLOBAL = ["none", "extragradient", "optimistic", "past-update"]
 PRESETS = {
     "zero0": [*GLOBAL, "extrap", "extrap-past"],
     "zero2": ["none", "optimistic", "extrap", "extrap-past"],
-    "zero3": ["extragradient", "past-update"],
+    "zero3": ["extragradient", "optimistic"],
     "fsdp2": GLOBAL,
 }
 RESUMED = {"zero0": "extrap-past", "zero2": "extrap-past", "zero3": "optimistic", "fsdp2": "optimistic"}
@@ -124,7 +124,7 @@ def alone(folder: Path) -> dict[str, tuple[torch.Tensor, list[dict[str, Any]]]]:
 
 def test_replicas_end_bit_identical(ranks: list[dict[str, Any]]) -> None:
     names = [name for name, value in ranks[0].items() if isinstance(value, torch.Tensor)]
-    assert len(names) > 10
+    assert len(names) > 5
     for name in names:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
 

@@ -110,6 +110,7 @@ def test_formulas_and_refusals() -> None:
     assert line([1, 4, 16], [5.0, 11.0, 35.0]) == pytest.approx((3.0, 2.0))
 
 
+@pytest.mark.matrix
 def test_memory_of_virtual_workers_grows_by_what_the_formula_says(tmp_path: Path) -> None:
     few, many = (measure("extrap-past", workers, steps=1, width=256) for workers in (4, 36))
     size = 4 * few["parameters"]

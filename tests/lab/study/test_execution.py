@@ -71,6 +71,7 @@ def test_a_run_stopped_by_the_clock(tiny_language_model: Path, tmp_path: Path, m
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 def test_two_processes_share_a_study_and_end_with_it(tiny_language_model: Path, tmp_path: Path) -> None:
     path = study_of(tiny_language_model, tmp_path, save_strategy="no", max_steps=3)
     content = yaml.safe_load(path.read_text())
