@@ -101,8 +101,9 @@ class CheckpointWriter:
 
 
 def recover(run_folder: Path) -> None:
-    """Put a whole checkpoint in its place whose process was killed between its last write and its renaming."""
+    """Put a whole checkpoint in its place whose process was killed before its renaming; delete what else was left."""
     for written in (run_folder / ASIDE).glob("checkpoint-*"):
         place = run_folder / written.name
         if (written / MANIFEST_FILE).is_file() and not place.exists() and not find_damage(written):
             os.rename(written, place)
+    shutil.rmtree(run_folder / ASIDE, ignore_errors=True)
