@@ -26,6 +26,8 @@ from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder
 from hf_extrap.recipes.secrets import command_line
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
+from hf_extrap.training.checkpoints.finding import check_exists
+from hf_extrap.training.checkpoints.matching import check_checkpoint_matches
 from hf_extrap.training.extras import extra
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.signals import stopping_on_signals
@@ -78,7 +80,8 @@ def _run(
         with extra("recipes"):
             import matplotlib  # noqa: F401  (for the curves, at the end)
     resume = _resume(folder, arguments.resume_from_checkpoint)
-    folder.check(configuration.given, resume=resume is not None)
+    resumed = check_exists(resume, folder.path)
+    folder.check(configuration.given, resume=resumed)
     command = command or command_line(sys.argv[1:])
     first = arguments.process_index == 0
     # The first process writes after all have checked the folder.
@@ -102,7 +105,10 @@ def _run(
     stopper = DivergenceStopper(configuration.run.abort_factor) if configuration.run.abort_factor else None
     for callback in (recorder, *((stopper,) if stopper else ()), *callbacks):
         trainer.add_callback(callback)
-    untrained = _evaluate_untrained(configuration, trainer, folder, resumed=resume is not None)
+    if resumed and str(resume).lower() != "true":
+        # A checkpoint of this folder is of this model. DeepSpeed would load another one's without a check.
+        check_checkpoint_matches(str(resume), prepared.model)
+    untrained = _evaluate_untrained(configuration, trainer, folder, resumed=resumed)
 
     began = time.perf_counter()
     with stopping_on_signals(trainer) if stops_on_signals else nullcontext():
@@ -204,13 +210,10 @@ def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
 
 
 def _resume(folder: RunFolder, resume: str | None) -> str | None:
-    """What to resume from: a folder, `true` for the newest checkpoint, or None.
-
-    A job that torchrun has restarted resumes by itself, or starts anew if it has saved nothing.
-    """
+    """The given value; a job that torchrun has restarted resumes by itself, or starts anew if it has saved nothing."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and folder.last_checkpoint() is not None:
         return "true"
-    return None if resume is None or str(resume).lower() == "false" else str(resume)
+    return resume
 
 
 def _evaluate_untrained(

@@ -123,6 +123,11 @@ def test_folders_and_checkpoints_of_other_runs_are_refused(
     words = ("--d_model", 32, "--output_dir", tmp_path / "other", "--resume_from_checkpoint", finished / "checkpoint-3")
     sentence = error_of("train", tiny_translation, *words)
     assert "checkpoint-3 is of another model" in sentence and "has shape" in sentence
+    # At once: before data are read and anything is written.
+    for value, missing in (("true", "holds no checkpoint to resume from"), ("nowhere", "nowhere does not exist")):
+        new = tmp_path / f"new_{value}"
+        assert missing in error_of("train", tiny_translation, "--output_dir", new, "--resume_from_checkpoint", value)
+        assert [path.name for path in new.iterdir()] == ["_run.lock"]
 
 
 def test_a_diverged_run_is_reported(tiny_translation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,30 @@ from typing import Literal
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 
-from .folders import MANIFEST_FILE, STATE_FILE, checkpoints
+from .folders import ASIDE, MANIFEST_FILE, STATE_FILE, checkpoints
 from .manifest import find_damage
 from .saving import recover
 
 Integrity = Literal["strict", "warn", "off"]
 logger = logging.getLogger(__name__)
+
+
+def check_exists(resume: str | Path | bool | None, output_dir: Path) -> bool:
+    """Whether a run is to resume, as in `find_checkpoint`; nothing is verified.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no checkpoint in `output_dir`.
+    """
+    word = str(resume or False)
+    if word.lower() == "false":
+        return False
+    if word.lower() != "true":
+        if not Path(word).is_dir():
+            raise FileNotFoundError(f"checkpoint {word} does not exist.")
+    # In this order, since another process may be moving one from the first folder to the second.
+    elif not (checkpoints(output_dir / ASIDE) or checkpoints(output_dir)):
+        raise FileNotFoundError(f"output_dir {output_dir} holds no checkpoint to resume from.")
+    return True
 
 
 def find_checkpoint(resume: str | Path | bool | None, output_dir: Path, integrity: Integrity) -> Path | None:
@@ -31,13 +49,10 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: Path, integrit
         FileNotFoundError: there is no such folder, or no whole checkpoint in `output_dir`.
         ValueError: the given checkpoint is damaged; the sentence names the files.
     """
-    word = str(resume or False)
-    if word.lower() == "false":
+    if not check_exists(resume, output_dir):
         return None
-    if word.lower() != "true":
-        path = Path(word)
-        if not path.is_dir():
-            raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    if str(resume).lower() != "true":
+        path = Path(str(resume))
         check_whole(path, integrity)
         return path
     if PartialState().is_local_main_process:
@@ -89,7 +104,9 @@ def _missing(checkpoint: Path) -> list[str]:
         "rng_state.pth": ("rng_state*.pth",),
     }
     found = [
-        f"{name} is missing" for name, patterns in needed.items() if not any(map(list, map(checkpoint.glob, patterns)))
+        f"{name} is missing"
+        for name, patterns in needed.items()
+        if not any(any(checkpoint.glob(pattern)) for pattern in patterns)
     ]
     try:
         int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
