@@ -72,12 +72,12 @@ def _sentence(error: Exception) -> str | None:
     # `in FOLDER`, for an error that names no file.
     place = " ".join(getattr(error, "__notes__", ()))
     if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename or place}: '.removeprefix(': ')}{error.strerror}."
+        return ": ".join(str(part) for part in (error.filename or place, f"{error.strerror}.") if part)
     sentence = " ".join(str(error).split()).removesuffix(".") + "."
     if any(sign in sentence for sign in OUT_OF_MEMORY):
         return f"there is not enough memory: {sentence}"
     if any(sign in sentence for sign in UNWRITTEN):
-        return f"a file{f' {place}'.rstrip()} cannot be written, as on a full disk: {sentence}"
+        return f"{' '.join(filter(None, ('a file', place)))} cannot be written, as on a full disk: {sentence}"
     # By name, because importing these libraries takes longer than parsing the command line.
     named = {"YAMLError", "SafetensorError"} & {kind.__name__ for kind in type(error).__mro__}
     known = (ValueError, OSError, ModuleNotFoundError, MemoryError)

@@ -90,7 +90,7 @@ class ExtrapConfig(Serializable):
         # A numpy float or a string Enum is one of these, and neither JSON nor YAML can write it.
         for name, value in vars(self).items():
             if isinstance(value, (str, float)):
-                object.__setattr__(self, name, "".join([value]) if isinstance(value, str) else float(value))
+                object.__setattr__(self, name, str.__str__(value) if isinstance(value, str) else float(value))
         check_fields(vars(self))
         check_combination(vars(self))
 

@@ -19,14 +19,10 @@ from transformers import HfArgumentParser
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.optim.yaml_text import read_yaml
 from hf_extrap.recipes import TASKS, get_task
-from hf_extrap.recipes.run_folder import read_json
+from hf_extrap.recipes.run_folder import read_json, read_text
 from hf_extrap.recipes.task import Task
 from hf_extrap.training.argument_types import check_numbers
-from hf_extrap.training.arguments import (
-    ExtrapSeq2SeqTrainingArguments,
-    ExtrapTrainingArguments,
-    described,
-)
+from hf_extrap.training.arguments import ExtrapSeq2SeqTrainingArguments, ExtrapTrainingArguments, described
 
 PROGRAM_DEFAULTS: dict[str, Any] = {
     # The history must contain a NaN loss; the stock filter repeats the last finite one.
@@ -150,11 +146,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"configuration {path} does not exist.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8.") from error
-    content = read_yaml(text, str(path))
+    content = read_yaml(read_text(path), str(path))
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):

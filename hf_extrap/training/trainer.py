@@ -256,11 +256,7 @@ class ExtrapTrainerMixin(TrainerBase):
         is_whole = self._micro_batch == len(self._fresh.batches) and not self.is_deepspeed_enabled
         if is_whole and optimizer.collect_statistics:
             optimizer.observe()
-        return (
-            loss
-            if self.extrap_config.direction == "none"
-            else self._running_loss.summand(loss, len(self._fresh.batches))
-        )
+        return self._running_loss.summand(loss, len(self._fresh.batches))
 
     def compute_loss(
         self, model: nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -12,16 +12,21 @@ from torch import Tensor, nn
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from tests.support.faults import Fault
-from tests.support.plain_loop import BASES, PRESETS, identical, make_batch, make_model, take_passes, values
+from tests.support.plain_loop import (
+    AUTO_AND_CAPPED,
+    BASES,
+    PRESETS,
+    identical,
+    make_batch,
+    make_model,
+    take_passes,
+    values,
+)
 from tests.support.soak import cases
 
 SCHEMES = {
     **{preset: ExtrapConfig.preset(preset) for preset in PRESETS},
-    "extrap-auto": ExtrapConfig.preset("extrap", step_size="auto"),
-    "extragradient-auto": ExtrapConfig.preset("extragradient", step_size="auto"),
-    "extrap-past-auto": ExtrapConfig.preset("extrap-past", step_size="auto", probe_every=3),
-    "optimistic-auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=2),
-    "capped": ExtrapConfig.preset("extrap", step_ratio=2.0, max_displacement=0.3),
+    **AUTO_AND_CAPPED,
     "window": ExtrapConfig.preset("extrap-past", start_step=1, end_step=4),
     "offloaded": ExtrapConfig.preset("extrap-past", direction_device="cpu"),
     "copied": ExtrapConfig.preset("extrap", swap=False),

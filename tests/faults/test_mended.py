@@ -23,23 +23,18 @@ def test_the_name_of_a_preset_is_a_string(name: Any) -> None:
     assert_refusal(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["a: [", "a: *b", "{[]: 1}", "\0", "!!int ''", "- 1", "", "[" * 600, 3, None, b"seed: 1"]
-)
-def test_what_is_no_yaml_mapping_is_refused_in_our_words(text: Any) -> None:
-    with pytest.raises(
-        ValueError, match="text of an extrap configuration is .*allowed: a mapping of fields in YAML"
-    ) as caught:
-        ExtrapConfig.from_yaml(text)
-    assert_refusal(caught.value)
+NO_MAPPINGS: dict[str, list[Any]] = {
+    "YAML": ["a: [", "a: *b", "{[]: 1}", "\0", "!!int ''", "- 1", "", "[" * 600, 3, None, b"seed: 1"],
+    "JSON": ["{", "[1]", "", "9" * 5000, 3, None],
+}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "", "9" * 5000, 3, None])
-def test_what_is_no_json_mapping_is_refused_in_our_words(text: Any) -> None:
-    with pytest.raises(
-        ValueError, match="text of an extrap configuration is .*allowed: a mapping of fields in JSON"
-    ) as caught:
-        ExtrapConfig.from_json(text)
+@pytest.mark.parametrize(("language", "text"), [(name, text) for name, texts in NO_MAPPINGS.items() for text in texts])
+def test_what_is_no_mapping_is_refused_in_our_words(language: str, text: Any) -> None:
+    parse = {"YAML": ExtrapConfig.from_yaml, "JSON": ExtrapConfig.from_json}[language]
+    message = f"text of an extrap configuration is .*allowed: a mapping of fields in {language}"
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(text)
     assert_refusal(caught.value)
 
 

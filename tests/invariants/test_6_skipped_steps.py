@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.reference import extrapolate
 from tests.support.plain_loop import (
+    AUTO_AND_CAPPED,
     BASES,
     distance,
     identical,
@@ -72,11 +73,7 @@ def test_a_non_finite_gradient_skips_the_step(preset: str, base: str) -> None:
 
 SKIPPING = {
     **{preset: ExtrapConfig.preset(preset) for preset in [*PAST, "extrap", "extragradient", "sam"]},
-    "extrap-auto": ExtrapConfig.preset("extrap", step_size="auto"),
-    "extragradient-auto": ExtrapConfig.preset("extragradient", step_size="auto"),
-    "extrap-past-auto, at a probe": ExtrapConfig.preset("extrap-past", step_size="auto", probe_every=3),
-    "optimistic-auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=2),
-    "capped": ExtrapConfig.preset("extrap", step_ratio=2.0, max_displacement=0.3),
+    **AUTO_AND_CAPPED,
     "before its start": ExtrapConfig.preset("extrap-past", start_step=5),
     "after its end": ExtrapConfig.preset("extrap-past", end_step=2),
     "at its end": ExtrapConfig.preset("extrap-past", end_step=4),

@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,20 +70,18 @@ def _run(
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    with _printing_to(folder / f"rank_{rank}.log"):
-        work(folder, rank, *words)
-        leave()
+    _print_to(folder / f"rank_{rank}.log")
+    work(folder, rank, *words)
+    leave()
 
 
 def _keep_result(folder: Path, rank: int, module: str, *words: Any) -> None:
     torch.save(importlib.import_module(module).in_processes(folder, *words), folder / f"rank_{rank}.pt")
 
 
-@contextmanager
-def _printing_to(path: Path) -> Iterator[None]:
-    """Output of libraries in C++ goes there too; errors are printed before the process ends."""
+def _print_to(path: Path) -> None:
+    """Also what libraries in C++ print."""
     with path.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-    yield

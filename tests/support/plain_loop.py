@@ -124,6 +124,12 @@ NOISE = {
 }
 """Schemes whose noise the textbook must be given."""
 
+AUTO_AND_CAPPED: dict[str, ExtrapConfig] = {
+    **{n: CELLS[n].config for n in ("extrap-auto", "extragradient-auto", "extrap-past-auto", "extrap-capped")},
+    "optimistic-auto": ExtrapConfig.preset("optimistic", step_size="auto", probe_every=2),
+}
+"""Schemes whose step size follows what other steps have measured, for steps that are skipped."""
+
 SCHEMES: dict[str, ExtrapConfig] = {
     **{n: CELLS[n].config for n in ("none", "extrap", "extrap-past", "extragradient", "optimistic", "past-update")},
     "extrap, a layer's step": ExtrapConfig.preset("extrap"),

@@ -50,6 +50,8 @@ class CheckpointWriter:
             yield
             # Every process has written its files.
             wait()
+            if trainer.state.best_model_checkpoint == str(aside / f"checkpoint-{trainer.state.global_step}"):
+                trainer.state.best_model_checkpoint = str(run_folder / f"checkpoint-{trainer.state.global_step}")
             if trainer.args.should_save:
                 self._finish(run_folder, aside)
             wait()
@@ -61,17 +63,12 @@ class CheckpointWriter:
             raise
         finally:
             self._aside = None
-        state = trainer.state
-        if state.best_model_checkpoint == str(aside / f"checkpoint-{state.global_step}"):
-            state.best_model_checkpoint = str(run_folder / f"checkpoint-{state.global_step}")
         wait()
 
     def _finish(self, run_folder: Path, aside: Path) -> None:
         trainer, state = self._trainer, self._trainer.state
         written = aside / f"checkpoint-{state.global_step}"
         place, replaced = run_folder / written.name, aside / "replaced" / written.name
-        if state.best_model_checkpoint == str(written):
-            state.best_model_checkpoint = str(place)
         if (written / STATE_FILE).exists():
             # Again, with the place of the best checkpoint.
             state.save_to_json(str(written / STATE_FILE))

@@ -30,11 +30,14 @@ class RunningLoss(Component):
     def summand(self, loss: Tensor, micro_batches: int) -> Tensor:
         """A micro-batch's summand of the logged loss: 0 where it is not finite, which the means leave out.
 
+        Without a direction it is the loss, as in the stock Trainer.
+
         Args:
             loss: the micro-batch's, divided by their number.
             micro_batches: of this step.
         """
-        if not self.trainer.args.logging_nan_inf_filter or torch.isfinite(loss):
+        filters = self.trainer.extrap_config.direction != "none" and self.trainer.args.logging_nan_inf_filter
+        if not filters or torch.isfinite(loss):
             return loss
         self._left_out += 1 / micro_batches
         return torch.zeros_like(loss)
