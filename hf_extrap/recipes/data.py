@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hf_extrap.recipes.task import check_fields
 from hf_extrap.training.argument_types import check_numbers
 from hf_extrap.training.arguments import described
+from hf_extrap.training.checkpoints.manifest import checksum_of
 from hf_extrap.training.checkpoints.matching import INDEX_FILE, shard_names
 from hf_extrap.training.extras import extra
 
@@ -221,7 +222,7 @@ def cached_folder(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     """Return the folder `root/key`; `build(folder)` fills it the first time, and again if a file in it has changed.
 
     It is filled under a temporary name and then renamed, so that no process ever sees an incomplete folder. Its file
-    `digests.json` holds a hash of every other file.
+    `digests.json` holds the checksum of every other file.
     """
     final = root / key
     if final.is_dir() and _is_intact(final):
@@ -247,12 +248,12 @@ def cached_folder(root: Path, key: str, build: Callable[[Path], None]) -> Path:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """A hash of every file in a folder, by its relative path."""
+    """The checksum of every file in a folder, by its relative path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if not path.is_dir() and name != DIGESTS_FILE:
-            found[name] = file_digest(path)
+            found[name] = checksum_of(path)
     return found
 
 

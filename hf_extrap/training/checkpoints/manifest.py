@@ -25,7 +25,7 @@ def write_manifest(checkpoint: Path, facts: dict[str, Any]) -> None:
         facts: written beside the files: numbers and strings, such as the step and the number of processes.
     """
     files = {
-        name: {"size": path.stat().st_size, _HASH: _checksum(path)}
+        name: {"size": path.stat().st_size, _HASH: checksum_of(path)}
         for name, path in sorted(_files(checkpoint))
         if name != MANIFEST_FILE
     }
@@ -66,6 +66,16 @@ def find_damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     return found
 
 
+def checksum_of(path: Path) -> str:
+    """XXH3, 128 bits: at some 10 GB/s it costs little beside loading; it detects damage, not forgery."""
+    hasher = xxhash.xxh3_128()
+    if path.stat().st_size:
+        # Mapped, since reading into buffers is slower than hashing.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            hasher.update(content)
+    return hasher.hexdigest()
+
+
 def flush(path: Path) -> None:
     """Wait until the disk holds a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -85,7 +95,7 @@ def _damage(checkpoint: Path, name: str, size: int, checksum: str | None) -> str
         return "is no file"
     if (found := path.stat().st_size) != size:
         return f"has {found} bytes instead of {size}"
-    if checksum is not None and _checksum(path) != checksum:
+    if checksum is not None and checksum_of(path) != checksum:
         return "has another checksum"
     return None
 
@@ -94,13 +104,3 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in folder.rglob("*"):
         if path.is_file():
             yield path.relative_to(folder).as_posix(), path
-
-
-def _checksum(path: Path) -> str:
-    """XXH3, 128 bits: at some 10 GB/s it costs little beside loading; it detects damage, not forgery."""
-    hasher = xxhash.xxh3_128()
-    if path.stat().st_size:
-        # Mapped, since reading into buffers is slower than hashing.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            hasher.update(content)
-    return hasher.hexdigest()
