@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,12 @@ os.environ.update(
         filter(None, [str(REPOSITORY / "tests" / "startup"), str(REPOSITORY), os.environ.get("PYTHONPATH")])
     ),
 )
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from later collections: a Trainer collects after training, for most of a test's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -123,18 +128,21 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def launch() -> Callable[..., str]:
-    """Runs `python …` or, with processes, `torchrun …` in the checkout: `launch(*words, processes=2)`; gives stdout."""
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., str]:
+    """Runs `python WORDS` in two or more processes that can form a group: `launch(*words)`; gives all that they print.
 
-    def run(*words: str | Path, processes: int | None = None, expect: int = 0) -> str:
-        # --standalone takes a free port, so that tests may run side by side.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(torchrun if processes else []), *map(str, words)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-        # torchrun has one exit code of its own for every failure.
-        assert (done.returncode != 0) == (expect != 0), done.stdout[-4000:] + done.stderr[-4000:]
-        return done.stdout if not expect else done.stderr
+    The first process comes last.
+    """
+
+    def run(*words: str | Path, processes: int = 2, expect: int = 0) -> str:
+        from tests.support.in_processes import program, start
+
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        codes = start(program, folder, processes, *map(str, words))
+        printed = "".join((folder / f"rank_{rank}.log").read_text() for rank in reversed(range(processes)))
+        assert codes == [expect] * processes, f"exit codes {codes}\n{printed[-8000:]}"
+        return printed
 
     return run
 

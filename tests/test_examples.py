@@ -41,7 +41,7 @@ def test_the_plain_loop(run_here: Callable[..., list[float]]) -> None:
 
 @pytest.mark.distributed
 def test_the_plain_loop_in_two_processes(launch: Launch) -> None:
-    first, last = numbers(launch("examples/plain_loop.py", "--steps", "30", processes=2))
+    first, last = numbers(launch("examples/plain_loop.py", "--steps", "30"))
     assert 5 < first < 6 and last < first - 1
 
 
@@ -52,7 +52,7 @@ def test_the_plain_loop_in_two_processes(launch: Launch) -> None:
 def test_the_deepspeed_loop(launch: Launch, stage: str, preset: str) -> None:
     pytest.importorskip("deepspeed")
     words = ("examples/deepspeed_loop.py", "--stage", stage, "--preset", preset, "--steps", "20")
-    printed = launch(*words, processes=2)
+    printed = launch(*words)
     assert f"DeepSpeedEngine, stage {stage}, 2 processes" in printed
     first, last = numbers(printed.splitlines()[-1])
     assert 5 < first < 6 and last < first - 1

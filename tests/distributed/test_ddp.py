@@ -17,6 +17,7 @@ from hf_extrap import Extrapolated
 from hf_extrap.optim.reference import scaled
 from tests.support import ddp_problem
 from tests.support.ddp_problem import JOBS, RESUMED, STOPPED, Branching, Job, losses_of, textbook
+from tests.support.marks import each
 from tests.support.plain_loop import (
     BASES,
     Run,
@@ -144,8 +145,8 @@ def test_a_local_direction_is_the_gradient_before_the_hook(job: Job, ranks_of: R
         scheduler.step()
 
 
-@pytest.mark.parametrize("cell", RESUMED)
-def test_resuming_changes_no_bit_on_any_rank(cell: str, ranks_of: RanksOf) -> None:
+@each(RESUMED, "cell")
+def test_resuming_changes_no_bit_on_any_rank(cell: str, which: str, ranks_of: RanksOf) -> None:
     runs = [ranks_of(Job(cell, virtual_workers=2, stop_at=stop_at)) for stop_at in (None, 4)]
     for whole, resumed in zip(*runs, strict=True):
         assert all(identical(a, b) for a, b in zip(whole["x"], resumed["x"], strict=True))

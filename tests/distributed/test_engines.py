@@ -100,7 +100,9 @@ alone = functools.cache(engine_problem.alone)
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.matrix if name in ("zero0", "zero1") else []) for name in ENGINES],
+    params=[
+        pytest.param(name, marks=pytest.mark.matrix if name in ("ddp", "zero0", "zero1") else []) for name in ENGINES
+    ],
 )
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param

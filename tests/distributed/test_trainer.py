@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,31 @@ from transformers import Trainer, TrainerCallback
 
 from hf_extrap import PRESETS, ExtrapConfig, ExtrapTrainer, ExtrapTrainingArguments
 from hf_extrap.optim.reference import Loss, extrapolate
+from tests.support.marks import each
 from tests.support.tiny_trainer import NESTEROV, Sentences, Warnings, arguments, gpt2, make, marian, train, weights
 
 pytestmark = pytest.mark.distributed
+
+Ranks = list[dict[str, Any]]
 
 
 # The checkpoint lies between two logged rows.
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 4}
 MEASURED: dict[str, Any] = {"extrap": "extrap-past", "eval_strategy": "steps", "eval_steps": 3}
-EQUIVALENT = [name for name in PRESETS if name not in ("gaussian", "smoothout")]
+FEW_EQUIVALENT = [("none", 1), ("extrap", 1), ("extrap-past", 1), ("extrap-past", 2), ("past-update", 2)]
+EQUIVALENT = {
+    "few": FEW_EQUIVALENT,
+    "matrix": [
+        (name, steps)
+        for name in PRESETS
+        for steps in (1, 2)
+        if name not in ("gaussian", "smoothout") and (name, steps) not in FEW_EQUIVALENT
+    ],
+}
+"""Presets and virtual workers of each process."""
+EVALUATED = {"few": ["extrap"], "matrix": ["extragradient"]}
+RESUMED = {"few": ["extrap-past"], "matrix": ["smoothout"]}
+HOOKED = {"few": ["extrap-past"], "matrix": ["extrap"]}
 
 
 class LateFiles(TrainerCallback):
@@ -60,13 +77,20 @@ WAYS: dict[str, dict[str, Any]] = {
     "static_graph": {"ddp_static_graph": True},
 }
 UNEVEN_ROWS, ROWS = 62, 64
-CELLS: list[tuple[str, str]] = [
+FEW_CELLS = [
     # Without extrapolation the stock Trainer weighs every token alike, and so the processes of an uneven batch.
     ("none", "accumulated"),
-    *((preset, way) for preset in WORKERS for way in ("accumulated", "virtual workers", "uneven")),
-    *((preset, "find_unused_parameters") for preset in ("extrap", "optimistic")),
-    *((preset, "static_graph") for preset in ("extrap", "extrap-past", "extragradient")),
+    *(("extrap-past", way) for way in ("accumulated", "virtual workers", "uneven")),
+    *(("extragradient", way) for way in ("accumulated", "virtual workers")),
+    ("optimistic", "find_unused_parameters"),
+    ("extrap", "static_graph"),
 ]
+ALL_CELLS = [
+    *((preset, way) for preset in WORKERS for way in ("accumulated", "virtual workers", "uneven")),
+    ("extrap", "find_unused_parameters"),
+    *((preset, "static_graph") for preset in ("extrap-past", "extragradient")),
+]
+CELLS = {"few": FEW_CELLS, "matrix": [cell for cell in ALL_CELLS if cell not in FEW_CELLS]}
 
 
 class RecordingTrainer(ExtrapTrainer):
@@ -110,16 +134,51 @@ def losses(trainer: Trainer) -> list[float]:
     return [row[key] for row in trainer.state.log_history for key in ("loss", "train_loss") if key in row]
 
 
-def in_processes(folder: Path, single_process_checkpoint: str) -> dict[str, Any]:
-    warnings = Warnings()
+def in_processes(folder: Path, which: str, single_process_checkpoint: str) -> dict[str, Any]:
     seen: dict[str, Any] = {}
-    for preset in EQUIVALENT:
-        for steps in (1, 2):
-            fields = {"extrap": preset, "extrap_virtual_workers": steps}
-            trainer = train(folder / "equivalent", **fields, **NESTEROV)
-            check(trainer)
-            seen[f"{preset} {steps}"] = weights(trainer)
-            seen[f"{preset} {steps} logs"] = [row for row in trainer.state.log_history if "loss" in row]
+    for preset, steps in EQUIVALENT[which]:
+        fields = {"extrap": preset, "extrap_virtual_workers": steps}
+        trainer = train(folder / "equivalent", **fields, **NESTEROV)
+        check(trainer)
+        seen[f"{preset} {steps}"] = weights(trainer)
+        seen[f"{preset} {steps} logs"] = [row for row in trainer.state.log_history if "loss" in row]
+    for preset in EVALUATED[which]:
+        busy = train(folder / "busy", extrap=preset, eval_strategy="steps", eval_steps=2, **NESTEROV)
+        seen[f"{preset} with evaluations"] = weights(busy)
+    for preset in RESUMED[which]:
+        seen |= resumed_run(folder, preset)
+    for preset, way in CELLS[which]:
+        try:
+            seen[f"{preset}, {way}"] = train_recording(folder, preset, **WAYS[way])
+        except RuntimeError as error:
+            seen[f"{preset}, {way}"] = {"error": str(error)}
+    for preset in HOOKED[which]:
+        seen[f"{preset}, hook"] = train_recording(folder, preset, hooked=True, gradient_accumulation_steps=2)
+    if which == "few":
+        seen |= beyond_presets(folder, single_process_checkpoint)
+    return seen
+
+
+def resumed_run(folder: Path, preset: str) -> dict[str, Any]:
+    """A run, the same one from its checkpoint, and from the checkpoint of its last step."""
+    seen: dict[str, Any] = {}
+    warnings = Warnings()
+    fields = {"extrap": preset, "extrap_virtual_workers": 2, **NESTEROV, **SAVING}
+    whole = train(folder / preset, model=gpt2(dropout=0.1), **fields)
+    seen[f"{preset} whole"], seen[f"{preset} whole losses"] = weights(whole), losses(whole)
+    checkpoint = str(folder / preset / "checkpoint-3")
+    resumed = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
+    seen[f"{preset} resumed"], seen[f"{preset} resumed losses"] = weights(resumed), losses(resumed)
+    checkpoint = str(folder / preset / "checkpoint-6")
+    finished = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
+    seen[f"{preset} finished"], seen[f"{preset} finished steps"] = weights(finished), finished.state.global_step
+    assert not warnings.texts, warnings.texts
+    return seen
+
+
+def beyond_presets(folder: Path, single_process_checkpoint: str) -> dict[str, Any]:
+    """The stock Trainer, scales of gradients, evaluations, sharpness, checkpoints that are late, torn or another's."""
+    seen: dict[str, Any] = {}
     stock = {"optim": "adamw_torch", "max_grad_norm": 0.5}
     seen["stock"] = weights(train(folder / "stock", kind=Trainer, model=gpt2(dropout=0.1), **stock))
     seen["none"] = weights(train(folder / "none", model=gpt2(dropout=0.1), **stock))
@@ -132,23 +191,10 @@ def in_processes(folder: Path, single_process_checkpoint: str) -> dict[str, Any]
     evaluated.train()
     check(evaluated)
     seen["evaluated first"] = weights(evaluated)
-    for preset in ("extrap", "extragradient"):
-        busy = train(folder / "busy", extrap=preset, eval_strategy="steps", eval_steps=2, **NESTEROV)
-        seen[f"{preset} with evaluations"] = weights(busy)
     measured = train(folder / "measured", sharpness_batches=1, **MEASURED, **NESTEROV)
     seen["sharpness"] = [row["extrap/sharpness"] for row in measured.state.log_history if "extrap/sharpness" in row]
     seen["measured"] = weights(measured)
-    warnings.texts.clear()
-    for preset in ("extrap-past", "smoothout"):
-        fields = {"extrap": preset, "extrap_virtual_workers": 2, **NESTEROV, **SAVING}
-        whole = train(folder / preset, model=gpt2(dropout=0.1), **fields)
-        seen[f"{preset} whole"], seen[f"{preset} whole losses"] = weights(whole), losses(whole)
-        checkpoint = str(folder / preset / "checkpoint-3")
-        resumed = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
-        seen[f"{preset} resumed"], seen[f"{preset} resumed losses"] = weights(resumed), losses(resumed)
-        checkpoint = str(folder / preset / "checkpoint-6")
-        finished = train(folder / f"{preset}-resumed", model=gpt2(dropout=0.1), resume=checkpoint, **fields)
-        seen[f"{preset} finished"], seen[f"{preset} finished steps"] = weights(finished), finished.state.global_step
+    warnings = Warnings()
     late = LateFiles()
     train(folder / "late", extrap="extrap-past", **NESTEROV, **SAVING, callbacks=[late], max_steps=3)
     seen["complete too early"] = late.is_complete
@@ -164,13 +210,6 @@ def in_processes(folder: Path, single_process_checkpoint: str) -> dict[str, Any]
     assert not warnings.texts, warnings.texts
     grown = train(folder / "grown", extrap="extrap-past", resume=single_process_checkpoint, **NESTEROV, **SAVING)
     seen["grown"], seen["grown steps"], seen["warnings"] = weights(grown), grown.state.global_step, warnings.texts
-    for preset, way in CELLS:
-        try:
-            seen[f"{preset}, {way}"] = train_recording(folder, preset, **WAYS[way])
-        except RuntimeError as error:
-            seen[f"{preset}, {way}"] = {"error": str(error)}
-    for preset in ("extrap", "extrap-past"):
-        seen[f"{preset}, hook"] = train_recording(folder, preset, hooked=True, gradient_accumulation_steps=2)
     return seen
 
 
@@ -180,24 +219,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path, run_processes: Callable[..., Any]) -> list[dict[str, Any]]:
-    """What the two processes saw."""
+def ranks_of(folder: Path, run_processes: Callable[..., Any]) -> Callable[[str], Ranks]:
+    """What the two processes saw; one launch for the few, one for the matrix."""
     train(folder / "alone", extrap="extrap-past", max_steps=3, **NESTEROV, **SAVING)
-    return run_processes(__name__, folder, folder / "alone" / "checkpoint-3")
+
+    @cache
+    def launched(which: str) -> Ranks:
+        return run_processes(__name__, folder, which, folder / "alone" / "checkpoint-3")
+
+    return launched
 
 
-def test_replicas_end_bit_identical(ranks: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def ranks(ranks_of: Callable[[str], Ranks]) -> Ranks:
+    return ranks_of("few")
+
+
+@pytest.mark.parametrize("which", ["few", pytest.param("matrix", marks=pytest.mark.matrix)])
+def test_replicas_end_bit_identical(ranks_of: Callable[[str], Ranks], which: str) -> None:
+    ranks = ranks_of(which)
     names = [name for name, value in ranks[0].items() if isinstance(value, torch.Tensor)]
-    assert len(names) > 20
+    assert len(names) >= 14
     for name in names:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("preset", EQUIVALENT)
+@each(EQUIVALENT, "preset,steps")
 def test_two_processes_are_two_virtual_workers(
-    ranks: list[dict[str, Any]], tmp_path: Path, preset: str, steps: int
+    ranks_of: Callable[[str], Ranks], tmp_path: Path, preset: str, steps: int, which: str
 ) -> None:
+    ranks = ranks_of(which)
     alone = train(tmp_path, extrap=preset, extrap_virtual_workers=2 * steps, **NESTEROV)
     torch.testing.assert_close(weights(alone), ranks[0][f"{preset} {steps}"], rtol=1e-4, atol=1e-6)
     rows = zip(alone.state.log_history, ranks[0][f"{preset} {steps} logs"], strict=False)
@@ -206,29 +257,33 @@ def test_two_processes_are_two_virtual_workers(
             assert other[name] == pytest.approx(row[name], rel=1e-2, abs=1e-9), name
 
 
-def test_evaluations_change_nothing(ranks: list[dict[str, Any]]) -> None:
-    """Between steps, and before training: the stock Trainer does not wrap a model for DDP that it has evaluated."""
+@each(EVALUATED, "preset")
+def test_evaluations_change_nothing(ranks_of: Callable[[str], Ranks], preset: str, which: str) -> None:
+    assert torch.equal(ranks_of(which)[0][f"{preset} with evaluations"], ranks_of(which)[0][f"{preset} 1"])
+
+
+def test_an_evaluation_before_training_changes_nothing(ranks: Ranks) -> None:
+    """The stock Trainer does not wrap a model for DDP that it has evaluated."""
     assert torch.equal(ranks[0]["evaluated first"], ranks[0]["extrap-past 1"])
-    for preset in ("extrap", "extragradient"):
-        assert torch.equal(ranks[0][f"{preset} with evaluations"], ranks[0][f"{preset} 1"])
 
 
-def test_none_is_bit_identical_to_the_stock_trainer(ranks: list[dict[str, Any]]) -> None:
+def test_none_is_bit_identical_to_the_stock_trainer(ranks: Ranks) -> None:
     assert torch.equal(ranks[0]["none"], ranks[0]["stock"])
 
 
 @pytest.mark.parametrize("extrap", ["none", "extrap-past"])
-def test_neither_accumulation_nor_world_size_scales_the_gradient(
-    ranks: list[dict[str, Any]], tmp_path: Path, extrap: str
-) -> None:
+def test_neither_accumulation_nor_world_size_scales_the_gradient(ranks: Ranks, tmp_path: Path, extrap: str) -> None:
     fields = {"per_device_train_batch_size": 8, "train_sampling_strategy": "sequential", "max_steps": 1}
     alone = train(tmp_path, model=marian(), extrap=extrap, **fields)
     norm = alone.state.log_history[0]["grad_norm"]
     assert ranks[0][f"gradient norm {extrap}"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["extrap-past", "smoothout"])
-def test_a_resumed_run_is_bit_identical(ranks: list[dict[str, Any]], folder: Path, preset: str) -> None:
+@each(RESUMED, "preset")
+def test_a_resumed_run_is_bit_identical(
+    ranks_of: Callable[[str], Ranks], folder: Path, preset: str, which: str
+) -> None:
+    ranks = ranks_of(which)
     assert torch.equal(ranks[0][f"{preset} resumed"], ranks[0][f"{preset} whole"])
     assert ranks[0][f"{preset} resumed losses"] == ranks[0][f"{preset} whole losses"]
     assert torch.equal(ranks[0][f"{preset} finished"], ranks[0][f"{preset} whole"])
@@ -237,13 +292,13 @@ def test_a_resumed_run_is_bit_identical(ranks: list[dict[str, Any]], folder: Pat
     assert files == ["extrap_rank_0.safetensors", "extrap_rank_1.safetensors"]
 
 
-def test_a_checkpoint_is_complete_when_every_process_has_saved(ranks: list[dict[str, Any]]) -> None:
+def test_a_checkpoint_is_complete_when_every_process_has_saved(ranks: Ranks) -> None:
     assert not ranks[1]["complete too early"]
     assert ["is damaged: extrap_rank_1.safetensors is missing" in rank["torn"] for rank in ranks] == [True, True]
 
 
 def test_another_world_size_warns_and_starts_cold(
-    ranks: list[dict[str, Any]], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert ranks[0]["grown steps"] == 6
     assert any("world_size was 1 and is 2" in text for text in ranks[0]["warnings"])
@@ -253,7 +308,7 @@ def test_another_world_size_warns_and_starts_cold(
     assert "the checkpoint has 2 processes and this run 1" in caplog.text
 
 
-def test_sharpness_is_that_of_the_mean_over_processes(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_sharpness_is_that_of_the_mean_over_processes(ranks: Ranks, tmp_path: Path) -> None:
     alone = train(tmp_path, extrap_virtual_workers=2, sharpness_batches=2, **MEASURED, **NESTEROV)
     expected = [row["extrap/sharpness"] for row in alone.state.log_history if "extrap/sharpness" in row]
     assert len(expected) == 2
@@ -289,9 +344,9 @@ def textbook(preset: str, workers: list[list[list[Tensor]]]) -> Tensor:
     return torch.cat([p.reshape(-1) for p in run.x[-1]])
 
 
-@pytest.mark.parametrize(("preset", "way"), CELLS)
-def test_two_processes_are_the_textbook(preset: str, way: str, ranks: list[dict[str, Any]]) -> None:
-    ranks = [rank[f"{preset}, {way}"] for rank in ranks]
+@each(CELLS, "preset,way")
+def test_two_processes_are_the_textbook(preset: str, way: str, which: str, ranks_of: Callable[[str], Ranks]) -> None:
+    ranks = [rank[f"{preset}, {way}"] for rank in ranks_of(which)]
     assert "error" not in ranks[0], ranks[0]["error"]
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
     workers = [rank["sentences"] for rank in ranks]
@@ -305,18 +360,22 @@ def test_two_processes_are_the_textbook(preset: str, way: str, ranks: list[dict[
     torch.testing.assert_close(ranks[0]["weights"], textbook(preset, workers), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("preset", WORKERS)
-def test_the_field_decides_what_a_worker_is(preset: str, ranks: list[dict[str, Any]]) -> None:
+@each(
+    {which: [preset for preset, way in cells if way == "virtual workers"] for which, cells in CELLS.items()}, "preset"
+)
+def test_the_field_decides_what_a_worker_is(preset: str, which: str, ranks_of: Callable[[str], Ranks]) -> None:
     """Alike for directions of all; local ones differ, a virtual worker's coming from one micro-batch."""
-    accumulated, virtual = (ranks[0][f"{preset}, {way}"]["weights"] for way in ("accumulated", "virtual workers"))
+    rank = ranks_of(which)[0]
+    accumulated, virtual = (rank[f"{preset}, {way}"]["weights"] for way in ("accumulated", "virtual workers"))
     if ExtrapConfig.preset(preset).is_local:
         assert float((accumulated - virtual).abs().max()) > 1e-5
     else:
         torch.testing.assert_close(accumulated, virtual, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("preset", ["extrap", "extrap-past"])
-def test_a_communication_hook_is_called_once_a_step(preset: str, ranks: list[dict[str, Any]]) -> None:
+@each(HOOKED, "preset")
+def test_a_communication_hook_is_called_once_a_step(preset: str, which: str, ranks_of: Callable[[str], Ranks]) -> None:
+    ranks = ranks_of(which)
     hooked = [rank[f"{preset}, hook"] for rank in ranks]
     assert [rank["calls"] for rank in hooked] == [[6], [6]]
     assert torch.equal(hooked[0]["weights"], hooked[1]["weights"])

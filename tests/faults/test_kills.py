@@ -11,9 +11,9 @@ from tests.support.killed import ENGINES, Kill, digests, launch
 from tests.support.soak import count
 
 KILLS = {
-    "one": count(quick=6, soak=25),
-    "ddp": count(quick=3, soak=20),
-    "uneven": count(quick=1, soak=5),
+    "one": count(quick=4, soak=25),
+    "ddp": count(quick=2, soak=20),
+    "uneven": count(quick=0, soak=5),
     "zero1": count(quick=0, soak=25),
     "fsdp2": count(quick=0, soak=25),
 }

@@ -83,7 +83,7 @@ def test_torchrun_names_the_rank_that_died_and_its_restart_resumes(
     """
     words = ["-m", "hf_extrap", "train", tiny_language_model, "--save_steps", "5", "--eval_steps", "40"]
     words += ["--max_steps", "40", "--logging_steps", "40"]
-    launch(*words, "--output_dir", tmp_path / "whole", processes=2)
+    launch(*words, "--output_dir", tmp_path / "whole")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "--max_restarts", "1", *map(str, words), "--output_dir", str(tmp_path / "run")]
     with (tmp_path / "log").open("w") as log:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +27,9 @@ from hf_extrap.lab.scale import (
     sent,
     simulation_tables,
 )
+from tests.support import scale_problem
 
 PARAMETERS = 6 * 8 + 8 + 8 * 4 + 4
-SCRIPT = Path(__file__).parents[1] / "distributed" / "scale_processes.py"
-
-
-def count(launch: Callable[..., str], processes: int, *engines: str) -> dict[str, dict[str, int]]:
-    out = launch(SCRIPT, *engines, processes=processes)
-    return json.loads(next(line for line in out.splitlines() if line.startswith("COUNTED"))[8:])
 
 
 def on_paper(engine: str, preset: str, ranks: int) -> dict[str, int]:
@@ -46,10 +41,9 @@ def on_paper(engine: str, preset: str, ranks: int) -> dict[str, int]:
 
 
 @pytest.mark.distributed
-def test_engines_communicate_what_the_formulas_say(launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_engines_communicate_what_the_formulas_say(run_processes: Callable[..., Any], tmp_path: Path) -> None:
     zero = ("zero1", "zero2") if importlib.util.find_spec("deepspeed") else ()
-    counted = count(launch, 2, "ddp", "zero3", *zero)
+    counted = run_processes(scale_problem.__name__, tmp_path, "ddp", "zero3", *zero)[0]
     assert len(counted) == 12 + len(zero) * len(PRESETS)
     for cell, sizes in counted.items():
         paper = on_paper(*cell.split(), 2)
@@ -65,8 +59,8 @@ def test_engines_communicate_what_the_formulas_say(launch: Callable[..., str], m
 
 @pytest.mark.distributed
 @pytest.mark.matrix
-def test_hsdp_communicates_what_the_formulas_say(launch: Callable[..., str]) -> None:
-    counted = count(launch, 4, "hsdp")
+def test_hsdp_communicates_what_the_formulas_say(run_processes: Callable[..., Any], tmp_path: Path) -> None:
+    counted = run_processes(scale_problem.__name__, tmp_path, "hsdp", processes=4)[0]
     assert counted == {f"hsdp {preset}": on_paper("hsdp", preset, 4) for preset in PRESETS}
 
 

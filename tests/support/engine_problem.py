@@ -16,7 +16,7 @@ from tests.support.plain_loop import BASES, take_passes, warm_up_and_decay
 from tests.support.plain_loop import CELLS as PLAIN
 from tests.support.plain_loop import SCHEMES as SHARED
 
-STEPS = 20
+STEPS = 12
 PROCESSES = 2
 INSPECTED = 5
 """The step within which a run records y, restores x and extrapolates again."""
@@ -32,7 +32,7 @@ SCHEMES = {
     "gaussian, local": SHARED["gaussian"],
     "extragradient, auto": PLAIN["extragradient-auto"].config,
     "optimistic, auto": PLAIN["optimistic-auto"].config,
-    "optimistic, window": ExtrapConfig.preset("optimistic", start_step=3, end_step=15),
+    "optimistic, window": ExtrapConfig.preset("optimistic", start_step=3, end_step=9),
     "past-update, capped": ExtrapConfig.preset("past-update", max_displacement=0.3),
 }
 ISSUE = list(SCHEMES)[:7]

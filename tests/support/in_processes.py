@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from collections.abc import Callable
@@ -53,6 +55,18 @@ def results(module: str, folder: Path, words: tuple[Any, ...], processes: int) -
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
+def program(folder: Path, rank: int, *words: str) -> None:
+    """`python WORDS`, with a script or `-m MODULE`; for `start`."""
+    sys.argv = list(words[1:] if words[0] == "-m" else words)
+    run = runpy.run_module if words[0] == "-m" else runpy.run_path
+    try:
+        run(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 1)
+
+
 def leave() -> NoReturn:
     """End the process once all processes have called this, without running the interpreter's cleanup.
 
@@ -70,6 +84,8 @@ def _run(
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    # What is imported is not collected: see conftest.py.
+    gc.freeze()
     _print_to(folder / f"rank_{rank}.log")
     work(folder, rank, *words)
     leave()

@@ -105,6 +105,11 @@ class ImageClassificationTask:
         model = build_model(arguments, images["train"], names)
         height, width = images["train"].images.shape[2:]
         augmentation = arguments.augmentation
+        if augmentation and augmentation.crop >= min(height, width):
+            raise ValueError(
+                f"`random_crop` is {augmentation.crop}; allowed: less than the images' {height} x {width} pixels, since "
+                "a crop would hold nothing but padding."
+            )
         return PreparedTask(
             model=model,
             processing_class=ViTImageProcessorPil(

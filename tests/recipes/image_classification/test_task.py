@@ -163,6 +163,7 @@ def test_unusable_data_is_refused(tmp_path: Path) -> None:
         (None, {"image_column": "label"}, "allowed: the feature Image"),
         (larger, {}, "differ in size"),
         (fifth, {}, "class 4"),
+        (None, {"random_crop": 6}, "`random_crop` is 6; allowed: less than the images' 6 x 6 pixels"),
     ):
         folder = write(tmp_path / "data", **({} if test is None else {"test": test}))
         with pytest.raises(ValueError, match=message):

@@ -1,9 +1,8 @@
-"""Counts what two processes communicate in one step, by engine and preset."""
+"""What processes communicate in one step, by engine and preset."""
 
 from __future__ import annotations
 
-import json
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.lab.counting import CollectiveCounter
 from hf_extrap.lab.scale import PRESETS
-from tests.support.in_processes import leave
 
 
 def count_step(engine: str, preset: str) -> CollectiveCounter:
@@ -34,9 +32,10 @@ def count_step(engine: str, preset: str) -> CollectiveCounter:
     optimizer = Extrapolated(torch.optim.AdamW(model.parameters(), lr=0.01), config)
     by_deepspeed = engine in ("zero1", "zero2")
     if by_deepspeed:
-        import deepspeed
-
         from tests.support import cpu_deepspeed  # noqa: F401
+
+        # isort: split
+        import deepspeed
 
         settings = {
             "train_micro_batch_size_per_gpu": 4,
@@ -63,19 +62,11 @@ def count_step(engine: str, preset: str) -> CollectiveCounter:
     return counter
 
 
-def main() -> None:
-    """Print the counts as JSON by engine and preset."""
-    torch.set_num_threads(1)
+def in_processes(folder: Path, *engines: str) -> dict[str, dict[str, int]]:
     dist.init_process_group("gloo")
-    counted = {}
-    for engine in sys.argv[1:]:
-        for preset in PRESETS:
-            if engine != "zero3" or preset not in ("extrap", "extrap-past"):
-                counted[f"{engine} {preset}"] = dict(count_step(engine, preset).sizes)
-    if dist.get_rank() == 0:
-        print("COUNTED", json.dumps(counted), flush=True)
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        f"{engine} {preset}": dict(count_step(engine, preset).sizes)
+        for engine in engines
+        for preset in PRESETS
+        if engine != "zero3" or preset not in ("extrap", "extrap-past")
+    }
