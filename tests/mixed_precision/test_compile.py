@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hf_extrap import Extrapolated
+from hf_extrap import ExtrapConfig, Extrapolated
+from tests.support.marks import each
 from tests.support.measuring import PRESETS, assert_displacements, assert_gradient_at
 from tests.support.modes import MODES, train
 from tests.support.plain_loop import assert_same_run, make_model, run_plain_loop
@@ -20,13 +21,14 @@ from tests.support.plain_loop import sgd as two_rates
 class Compiled:
     """Compiles the model, and counts the graphs after every call."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
         torch._dynamo.reset()
         counters.clear()
         self.graphs: list[int] = []
 
     def __call__(self, model: nn.Module) -> Callable[..., Any]:
-        compiled = torch.compile(model, backend="aot_eager")
+        compiled = torch.compile(model, backend=self.backend)
 
         def forward(**inputs: Any) -> Any:
             outputs = compiled(**inputs)
@@ -36,20 +38,22 @@ class Compiled:
         return forward
 
 
-MATRIX = [pytest.param("float32", preset, marks=pytest.mark.matrix) for preset in PRESETS if preset != "extrap"]
-RUNS = [
-    *MATRIX,
-    ("float32", "extrap"),
-    pytest.param("bf16 autocast", "extrap", marks=pytest.mark.matrix),
-    ("bf16 parameters", "extrap-past"),
-    pytest.param("fp16 and GradScaler", "extrap-past", marks=pytest.mark.matrix),
-]
+RUNS = {
+    "few": [("float32", "extrap", "aot_eager"), ("bf16 parameters", "extrap-past", "aot_eager")],
+    "matrix": [
+        *(("float32", preset, "aot_eager") for preset in PRESETS if preset != "extrap"),
+        ("bf16 autocast", "extrap", "aot_eager"),
+        ("fp16 and GradScaler", "extrap-past", "aot_eager"),
+        *(("float32", preset, "eager") for preset in ("extrap", "extrap-past")),
+    ],
+}
+GENERATED = {"few": ["extrap", "extrap-past"], "matrix": ["extragradient", "optimistic"]}
 
 
-@pytest.mark.parametrize(("mode", "preset"), RUNS)
-def test_extrapolation_does_not_recompile(mode: str, preset: str) -> None:
+@each(RUNS, "mode,preset,backend")
+def test_extrapolation_does_not_recompile(mode: str, preset: str, backend: str, which: str) -> None:
     """As many graphs after the first pass as after the last, at every y."""
-    compiled = Compiled()
+    compiled = Compiled(backend)
     trained = train(MODES[mode], PRESETS[preset], compiled=compiled)
     assert compiled.graphs[0] >= 1
     assert compiled.graphs == [compiled.graphs[0]] * (8 * (1 + PRESETS[preset].is_fresh))
@@ -61,20 +65,22 @@ def test_extrapolation_does_not_recompile(mode: str, preset: str) -> None:
             assert_gradient_at(seen, trained.clean, step.scale, 1e-5 if mode == "float32" else 0.03)
 
 
-def test_inductor_gives_the_same_x_and_y() -> None:
+@pytest.mark.parametrize("which", ["few", pytest.param("matrix", marks=pytest.mark.matrix)])
+def test_inductor_gives_the_same_x_and_y(which: str) -> None:
     """With generated code: the same x and y as without, for a fresh direction and for one from the past."""
     pytest.importorskip("torch._inductor.cpp_builder").get_cpp_compiler()
     torch._dynamo.reset()
     compiled: Any = torch.compile(make_model(torch.float32))
     start = [p.detach().clone() for p in compiled.parameters()]
-    for preset in ("extrap", "extrap-past"):
+    for preset in GENERATED[which]:
+        config = ExtrapConfig.preset(preset)
         counters.clear()
         runs = []
         for model in (make_model(torch.float32), compiled):
             with torch.no_grad():
                 for p, q in zip(model.parameters(), start, strict=True):
                     p.copy_(q)
-            optimizer = Extrapolated(two_rates(list(model.parameters())), PRESETS[preset])
-            runs.append(run_plain_loop(model, optimizer, PRESETS[preset], [0]))
+            optimizer = Extrapolated(two_rates(list(model.parameters())), config)
+            runs.append(run_plain_loop(model, optimizer, config, [0]))
         assert_same_run(*runs, tolerance=1e-5)
-        assert counters["stats"]["unique_graphs"] == (1 if preset == "extrap" else 0)
+        assert counters["stats"]["unique_graphs"] == (1 if preset == GENERATED[which][0] else 0)
