@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from hf_extrap.recipes.image_classification.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
-from hf_extrap.recipes.markdown import code, code_block, escaped
 from hf_extrap.recipes.model_card import make_card
+from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 from hf_extrap.recipes.tables import make_table
+from hf_extrap.training.markdown import code, code_block, escaped
 
 NASTY = [
     "x](javascript:alert(1))",

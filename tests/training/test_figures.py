@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 
-from hf_extrap.recipes.figures import COLOURS, draw_curves, series
+from hf_extrap.training.figures import COLOURS, draw_curves, series
 
 ROWS = [
     *({"step": s, "loss": 5 - s / 10, "learning_rate": 0.1, "extrap/step_size": 0.02} for s in range(1, 11)),
