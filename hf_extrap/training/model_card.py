@@ -83,19 +83,19 @@ def changed_fields(config: ExtrapConfig) -> str:
 
 
 def complete_card(
-    path: Path, preset: str, config: ExtrapConfig, optimizer: torch.optim.Optimizer, figure: str | None
+    path: Path, preset: str, config: ExtrapConfig, optimizer: torch.optim.Optimizer | None, figure: str | None
 ) -> None:
     """Complete the card that a stock Trainer has written: its title is escaped, and the extrapolation is described.
 
-    `optimizer` is that of the training, possibly wrapped, and `figure` the name of a file beside the card. A run
-    without extrapolation keeps the stock card.
+    `optimizer` is that of the training, possibly wrapped, and `figure` the name of a file beside the card. Before the
+    training, and without extrapolation, only the title and the sentence on the base model change.
     """
     card = ModelCard.load(path)
     if card.data.base_model is not None and not is_hub_name(card.data.base_model):
         card.data.base_model = None
     text = card.text.replace(NAMELESS, "This model was trained from scratch on")
     text = re.sub(r"^# (.*)$", lambda title: f"# {escaped(title[1])}", text, count=1, flags=re.MULTILINE)
-    if config.direction != "none":
+    if config.direction != "none" and optimizer is not None:
         card.data.tags = sorted({*(card.data.tags or []), *tags(preset)})
         whole = f"<details>\n<summary>All fields</summary>\n\n```yaml\n{config.to_yaml().strip()}\n```\n\n</details>"
         parts = [

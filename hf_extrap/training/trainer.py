@@ -300,9 +300,10 @@ class ExtrapTrainerMixin(TrainerBase):
         if one_line(name) != name:
             kwargs["model_name"] = one_line(name)
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and (optimizer := self.extrapolated) is not None:
-            figure = self._draw_curves(folder) if self.extrap_config.direction != "none" else None
-            complete_card(folder / "README.md", self.args.extrap, optimizer.config, optimizer, figure)
+        if self.is_world_process_zero() and (folder / "README.md").is_file():
+            optimizer, config = self.extrapolated, self.extrap_config
+            figure = self._draw_curves(folder) if optimizer is not None and config.direction != "none" else None
+            complete_card(folder / "README.md", self.args.extrap, config, optimizer, figure)
 
     def _draw_curves(self, folder: Path) -> str | None:
         """Draw what was logged beside the card, if Matplotlib is installed."""
@@ -318,7 +319,9 @@ class ExtrapTrainerMixin(TrainerBase):
         return super().push_to_hub(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The stock saving, of x."""
+        """The stock saving, of x, also after an interruption between the move to y and the way back."""
+        if (optimizer := self.extrapolated) is not None:
+            optimizer.restore()
         for component in self._components:
             component.before_save(is_checkpoint=_internal_call)
         super().save_model(output_dir, _internal_call)
