@@ -22,6 +22,7 @@ class FakeHub:
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    endpoint: str = ""
 
     def only(self) -> dict[str, bytes]:
         """The files of the only repository."""
@@ -62,6 +63,15 @@ class FakeHub:
         raise KeyError(path)
 
 
+def connect(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Let this process talk to a fake Hub, although the tests are offline."""
+    for name, value in {"ENDPOINT": endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    # Its endpoint is that of the time when it is made.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
+
+
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """Inside, huggingface_hub and Transformers talk to a new fake Hub alone."""
@@ -97,12 +107,8 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        constants = {"ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": False}
-        for name, value in {**constants, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        # Its endpoint is that of the time when it is made.
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", constants["ENDPOINT"])
+        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        connect(monkeypatch, hub.endpoint)
         try:
             yield hub
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from hf_extrap import ExtrapConfig, ExtrapTrainer
 from hf_extrap.recipes.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
-from tests.support.fake_hub import FakeHub, fake_hub
+from tests.support.fake_hub import FakeHub, connect, fake_hub
 from tests.support.tiny_trainer import VOCABULARY, make, train, weights
 
 #: Files of training that the upload of a model must not hold.
@@ -39,10 +39,9 @@ def pushed(folder: Path, strategy: str, **fields: Any) -> Trainer:
     return trainer
 
 
-def stored(hub: FakeHub, name: str = "model.safetensors") -> torch.Tensor:
-    """The weights in an uploaded file, in the order of the model's parameters."""
-    tensors = load(hub.only()[name])
-    return tensors["transformer.wte.weight"]
+def stored(hub: FakeHub) -> torch.Tensor:
+    """The embeddings in the uploaded weights."""
+    return load(hub.only()["model.safetensors"])["transformer.wte.weight"]
 
 
 def test_the_upload_holds_x_card_and_figure(hub: FakeHub, tmp_path: Path) -> None:
@@ -84,6 +83,28 @@ def test_strategies(hub: FakeHub, tmp_path: Path, strategy: str) -> None:
         # A resume needs all of them.
         assert uploaded == {path.name for path in local.iterdir()}
         assert {"extrap_rank_0.safetensors", "optimizer.pt", "checkpoint_manifest.json"} <= uploaded
+
+
+def in_processes(folder: Path, endpoint: str) -> dict[str, torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        connect(patch, endpoint)
+        trainer = pushed(folder / "run", "checkpoint", max_steps=3)
+        trainer.push_to_hub()
+    return {"x": trainer.model.state_dict()["transformer.wte.weight"]}
+
+
+@pytest.mark.distributed
+def test_files_of_each_process_are_uploaded_with_a_checkpoint_alone(
+    hub: FakeHub, tmp_path: Path, run_processes: Callable[..., list[Any]]
+) -> None:
+    results = run_processes("tests.training.test_hub", tmp_path, hub.endpoint)
+    assert torch.equal(results[0]["x"], results[1]["x"]) and torch.equal(results[0]["x"], stored(hub))
+    root = {path for path in hub.only() if "/" not in path}
+    assert root >= {"model.safetensors", *CARD} and not [path for path in root if path.startswith(OF_TRAINING)]
+    uploaded = {path.removeprefix("last-checkpoint/") for path in hub.only() if "/" in path}
+    assert uploaded == {path.name for path in (tmp_path / "run" / "checkpoint-3").iterdir()}
+    each = ("extrap_rank_{0}.safetensors", "rng_state_{0}.pth")
+    assert {name.format(rank) for name in each for rank in (0, 1)} <= uploaded
 
 
 def test_an_uploaded_checkpoint_resumes_bit_for_bit(hub: FakeHub, tmp_path: Path) -> None:
