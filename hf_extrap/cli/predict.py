@@ -30,6 +30,7 @@ def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
     """Print the most likely classes of each image."""
     with importing():
         from hf_extrap.recipes.inference import predict
+        from hf_extrap.training.markdown import one_line
 
     hide_loading_bars()
     found = predict(known.checkpoint, known.images, known.top_k, known.batch_size, progress=True)
@@ -38,5 +39,5 @@ def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
             print(json.dumps({"image": image, "predictions": [asdict(one) for one in predictions]}), flush=True)
         else:
             for one in predictions:
-                print(f"{image}\t{one.label}\t{one.probability:.4f}", flush=True)
+                print(f"{image}\t{one_line(one.label)}\t{one.probability:.4f}", flush=True)
     return 0

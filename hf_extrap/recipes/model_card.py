@@ -86,6 +86,7 @@ def make_card(
     facts, arguments, task = metrics["facts"], metrics["arguments"], metrics["task"]
     pipeline, task_name = HUB_TASKS.get(task, (task.replace("_", "-"), task.replace("_", " ").capitalize()))
     metric, definition = _defined(metrics["metric"], facts)
+    signature = {"signature": facts["sacrebleu_signature"]} if metric == "sacrebleu" else {}
     dataset, hub_dataset = _dataset_name(facts), _hub_dataset(arguments)
     base = arguments.get("model") if not arguments.get("from_scratch") else None
     title = f"{type(model).__name__} trained on {dataset}"
@@ -101,7 +102,7 @@ def make_card(
             metric_type=metric,
             metric_name=f"{spoken(metrics['metric'])} ({split})",
             metric_value=round(float(value), 4),
-            metric_args={"definition": definition},
+            metric_args={"definition": definition, **signature},
         )
         for prefix, split in SPLITS.items()
         if (value := (metrics.get(prefix) or {}).get(f"{prefix}_{metrics['metric']}")) is not None

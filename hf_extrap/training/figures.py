@@ -41,7 +41,8 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], li
 def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str | None, path: Path, title: str = "") -> list[str]:
     """Draw a run's history into a PNG file, one panel for each quantity with at least two values, not all zero.
 
-    `metric` is the key of the leading metric, without `eval_`, if it is not the loss. Returns the titles of the panels.
+    `metric` is the key of the leading metric, without `eval_`, if it is not the loss. Returns the titles of the panels;
+    without any, no file is written.
     """
     with extra("recipes"):
         from matplotlib.figure import Figure
@@ -55,8 +56,10 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str | None, path: Pat
         panels.append((f"Validation {spoken(metric)}, at x", validation, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
     panels = [panel for panel in panels if any(len(steps) > 1 and any(y) for steps, y in panel[1].values())]
-    columns = min(2, max(1, len(panels)))
-    count = -(-len(panels) // columns) if panels else 1
+    if not panels:
+        return []
+    columns = min(2, len(panels))
+    count = -(-len(panels) // columns)
     figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
     grid = figure.subplots(count, columns, squeeze=False)
     for axes, (name, lines, logarithmic) in zip(grid.flat, panels, strict=False):

@@ -297,7 +297,7 @@ class ExtrapTrainerMixin(TrainerBase):
             self.card.save(folder / "README.md")
             return
         name = kwargs.get("model_name") or folder.absolute().name
-        if one_line(name) != name:
+        if one_line(name) != name and not args:
             kwargs["model_name"] = one_line(name)
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and (folder / "README.md").is_file():
@@ -314,17 +314,20 @@ class ExtrapTrainerMixin(TrainerBase):
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The stock upload, of x, with the statistics of BatchNorm that `save_model` saves."""
-        for component in self._components:
-            component.before_save(is_checkpoint=False)
+        self._prepare_saving(is_checkpoint=False)
         return super().push_to_hub(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The stock saving, of x, also after an interruption between the move to y and the way back."""
-        if (optimizer := self.extrapolated) is not None:
+        """The stock saving, of x."""
+        self._prepare_saving(is_checkpoint=_internal_call)
+        super().save_model(output_dir, _internal_call)
+
+    def _prepare_saving(self, is_checkpoint: bool) -> None:
+        if (optimizer := self.extrapolated) is not None and self.extrap_config.direction != "none":
+            # A pass may have been interrupted at y.
             optimizer.restore()
         for component in self._components:
-            component.before_save(is_checkpoint=_internal_call)
-        super().save_model(output_dir, _internal_call)
+            component.before_save(is_checkpoint)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return self._writer.folder_of(super()._get_output_dir(trial))

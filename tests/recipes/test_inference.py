@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from hf_extrap.recipes.image_classification.images import builtin_digits
 from hf_extrap.recipes.inference import GenerationOptions, Prediction, generate, predict
@@ -30,6 +37,23 @@ def test_a_language_model_continues_texts_as_one_by_one(task_runs: Path) -> None
         assert line.split() == [*text.split(), *words]
     # A checkpoint in the run's folder is a model as well.
     assert len(list(generate(run / "checkpoint-3", TEXTS[:1], options))) == 1
+
+
+def test_other_causal_models_of_limited_positions(task_runs: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(task_runs / "language_modeling")
+    torch.manual_seed(0)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=1.0, **ends)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = GenerationOptions(max_new_tokens=4)
+    lines = list(generate(tmp_path, TEXTS[:3], options))
+    # Padding on the left changes nothing.
+    assert lines == [line for text in TEXTS[:3] for line in generate(tmp_path, [text], options)]
+    assert [len(line.split()) > len(text.split()) for text, line in zip(TEXTS, lines, strict=False)] == [True] * 3
+    sentence = "has 9 tokens and 4 new ones; allowed: 12, the positions of the model."
+    with pytest.raises(ValueError, match=sentence):
+        list(generate(tmp_path, ["the " * 9], options))
 
 
 def test_sampling_is_repeated_by_its_seed(task_runs: Path) -> None:

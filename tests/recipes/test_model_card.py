@@ -82,6 +82,7 @@ def test_results_have_name_split_and_definition(task_runs: Path, task: str, name
     for prefix, split in (("eval", "validation"), ("test", "test")):
         result = results[split]
         assert result.metric_type == name and definition in result.metric_args["definition"]
+        assert ("signature" in result.metric_args) == (task == "translation")
         assert result.metric_value == round(metrics[prefix][f"{prefix}_{metrics['metric']}"], 4)
     assert definition.replace("|", "\\|") in card.content
     assert f"![Training curves]({CURVES_FILE})" in card.content and (task_runs / task / CURVES_FILE).is_file()

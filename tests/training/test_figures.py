@@ -34,6 +34,6 @@ def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
     assert "Displacement ‖x − y‖" not in draw_curves(rows, "perplexity", tmp_path / "curves.png")
     drawn = draw_curves(ROWS[:11], "perplexity", tmp_path / "curves.png")
     assert drawn == ["Loss", "Learning rate", "Extrapolation step size"]
-    assert draw_curves([], "bleu", tmp_path / "none.png") == [] and (tmp_path / "none.png").is_file()
+    assert draw_curves([], "bleu", tmp_path / "none.png") == [] and not (tmp_path / "none.png").exists()
     assert series(ROWS, "eval_perplexity") == ([5, 8], [99.5, 81.5])
     assert series(ROWS, "missing") == ([], [])
