@@ -31,13 +31,13 @@ HUB_TASKS = {
 LANGUAGES = ("language", "source_lang", "target_lang")
 #: Prefix of a metric -> split that it was measured on.
 SPLITS = {"eval": "validation", "test": "test"}
-#: Metric -> its name on the Hub, and its definition, in which facts are filled in.
+#: Metric -> its name on the Hub, and its definition, with facts to fill in.
 METRICS = {
     "accuracy": ("accuracy", "percentage of images whose most likely class is right"),
-    "bleu": ("sacrebleu", "corpus BLEU of detokenized, cased text by sacreBLEU, {sacrebleu_signature}"),
+    "bleu": ("sacrebleu", "corpus BLEU of detokenized, cased text by sacreBLEU, {signature}"),
     "perplexity": (
         "perplexity",
-        "exp of the mean cross entropy in nats over all tokens of the split, from a vocabulary of {vocabulary_size}",
+        "exponential of the mean cross entropy in nats over all tokens of the split, of a vocabulary of {vocabulary:,}",
     ),
     "loss": ("loss", "mean cross entropy in nats per token"),
 }
@@ -130,7 +130,7 @@ def make_card(
         preset=metrics["preset"],
         diverged=metrics["status"] == "diverged",
         result_rows=result_rows(metrics),
-        definition=escaped_text(f"{spoken(metrics['metric'])}: {definition}."),
+        definition=escaped_text(f"The {spoken(metrics['metric'])} is the {definition}."),
         comparison_rows=_comparison_rows(metrics, baseline) if baseline else [],
         comparison=_comparison(metrics, baseline) if baseline else "",
         figure=figure,
@@ -224,7 +224,11 @@ def _license(arguments: Mapping[str, Any]) -> str | None:
 def _defined(metric: str, facts: Mapping[str, Any]) -> tuple[str, str]:
     """Name of a metric on the Hub, and its definition."""
     name, definition = METRICS.get(metric, (metric, metric))
-    return name, definition.format_map({**dict.fromkeys(("sacrebleu_signature", "vocabulary_size"), "?"), **facts})
+    known = {
+        "sacrebleu_signature": facts.get("sacrebleu_signature"),
+        "vocabulary_size": facts.get("vocabulary_size", 0),
+    }
+    return name, definition.format_map(known)
 
 
 def _summary(metrics: Mapping[str, Any], model: PreTrainedModel, dataset: str) -> str:

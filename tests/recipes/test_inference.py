@@ -43,7 +43,7 @@ def test_other_causal_models_of_limited_positions(task_runs: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(task_runs / "language_modeling")
     torch.manual_seed(0)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 12, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
     GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=1.0, **ends)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     options = GenerationOptions(max_new_tokens=4)
@@ -51,9 +51,9 @@ def test_other_causal_models_of_limited_positions(task_runs: Path, tmp_path: Pat
     # Padding on the left changes nothing.
     assert lines == [line for text in TEXTS[:3] for line in generate(tmp_path, [text], options)]
     assert [len(line.split()) > len(text.split()) for text, line in zip(TEXTS, lines, strict=False)] == [True] * 3
-    sentence = "has 9 tokens and 4 new ones; allowed: 12, the positions of the model."
+    sentence = "has 13 tokens and 4 new ones; allowed: 16, the positions of the model."
     with pytest.raises(ValueError, match=sentence):
-        list(generate(tmp_path, ["the " * 9], options))
+        list(generate(tmp_path, ["the " * 13], options))
 
 
 def test_sampling_is_repeated_by_its_seed(task_runs: Path) -> None:

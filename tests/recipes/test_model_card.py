@@ -69,7 +69,7 @@ def test_metadata_of_new_and_of_pretrained_models(metrics: dict[str, Any], model
 @pytest.mark.parametrize(
     ("task", "name", "definition"),
     [
-        ("language_modeling", "perplexity", "exp of the mean cross entropy in nats"),
+        ("language_modeling", "perplexity", "exponential of the mean cross entropy in nats"),
         ("translation", "sacrebleu", "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:"),
         ("image_classification", "accuracy", "percentage of images"),
     ],
