@@ -224,11 +224,8 @@ def _license(arguments: Mapping[str, Any]) -> str | None:
 def _defined(metric: str, facts: Mapping[str, Any]) -> tuple[str, str]:
     """Name of a metric on the Hub, and its definition."""
     name, definition = METRICS.get(metric, (metric, metric))
-    known = {
-        "sacrebleu_signature": facts.get("sacrebleu_signature"),
-        "vocabulary_size": facts.get("vocabulary_size", 0),
-    }
-    return name, definition.format_map(known)
+    vocabulary, signature = facts.get("vocabulary_size", 0), facts.get("sacrebleu_signature")
+    return name, definition.format(vocabulary=vocabulary, signature=signature)
 
 
 def _summary(metrics: Mapping[str, Any], model: PreTrainedModel, dataset: str) -> str:
