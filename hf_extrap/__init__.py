@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .auto_classes import register_models
+
 if TYPE_CHECKING:
     from .optim.config import PRESETS as PRESETS
     from .optim.config import ExtrapConfig as ExtrapConfig
@@ -31,6 +33,8 @@ _HOME = {
 }
 
 __all__ = ["__version__", *_HOME]
+
+register_models()
 
 
 def __getattr__(name: str) -> Any:

@@ -100,6 +100,33 @@ TINY_LANGUAGE_MODEL: dict[str, Any] = {
 }
 
 
+TINY_IMAGES: dict[str, Any] = {
+    "task": "image_classification",
+    "depth": 8,
+    "width": 4,
+    "max_train_samples": 64,
+    "max_eval_samples": 16,
+    "per_device_train_batch_size": 16,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="session")
+def task_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of every task, named like it, which tests only read."""
+    from hf_extrap.cli import main
+
+    folder = tmp_path_factory.mktemp("task_runs")
+    for fields in (TINY_IMAGES, TINY_LANGUAGE_MODEL, {**TINY_TRANSLATION, "eval_strategy": "no"}):
+        configuration = folder / f"{fields['task']}.yaml"
+        configuration.write_text(yaml.safe_dump(fields), encoding="utf-8")
+        assert main(["train", str(configuration), "--output_dir", str(folder / str(fields["task"]))]) == 0
+    return folder
+
+
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., Path]:
     """Writes a YAML configuration: `write_config(name, fields)`."""

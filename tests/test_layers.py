@@ -19,8 +19,9 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_extrap"
-#: From the bottom up. The root has the public names, which it imports lazily from `optim` and `training`.
-LAYERS = ("optim", "training", "hf_extrap", "recipes", "lab", "cli", "__main__")
+#: From the bottom up. The root has the public names, which it imports lazily from `optim` and `training`, and
+#: `auto_classes`, which names the models of `recipes` without importing them.
+LAYERS = ("optim", "training", "auto_classes", "hf_extrap", "recipes", "lab", "cli", "__main__")
 
 
 def modules() -> dict[str, Path]:
@@ -78,8 +79,12 @@ def test_imports_go_down_without_a_cycle() -> None:
         TopologicalSorter(graph(typing=False)).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*LAYERS} - {"hf_extrap", "__main__"}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "auto_classes.py"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*LAYERS} - {
+        "auto_classes",
+        "hf_extrap",
+        "__main__",
+    }
 
 
 def distributions(requirements: Iterable[str]) -> set[str]:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 from hf_extrap.recipes.secrets import command_line, without_secrets
 
-from . import bench, check_launch, compare, sharpness, study, train
+from . import bench, check_launch, compare, generate, predict, sharpness, study, train
 
 COMMANDS = {
     "train": train,
+    "generate": generate,
+    "predict": predict,
     "compare": compare,
     "study": study,
     "sharpness": sharpness,

@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from hf_extrap.recipes.figures import COLOURS, MARKERS, series
+from hf_extrap.training.figures import COLOURS, MARKERS, series
 
 WIDTH = 8.4
 """Inches: at 100 dots each, the width of a README's column."""

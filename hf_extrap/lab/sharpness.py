@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_extrap.lab.figures import add_legend, finish, make_panels
-from hf_extrap.recipes.figures import COLOURS
 from hf_extrap.recipes.run_folder import write_json
 from hf_extrap.recipes.saved_run import SavedRun, load_saved_run
 from hf_extrap.recipes.secrets import command_line
@@ -22,6 +21,7 @@ from hf_extrap.recipes.tables import make_table
 from hf_extrap.training.curvature.lanczos import Eigenpair, largest_eigenpair
 from hf_extrap.training.curvature.mean_loss import BatchNorm, CurvatureError, Differentiation, MeanLoss
 from hf_extrap.training.curvature.preconditioner import preconditioned
+from hf_extrap.training.figures import COLOURS
 from hf_extrap.training.versions import versions
 
 SHARPNESS_FILE = "sharpness.json"

@@ -45,6 +45,7 @@ class RunArguments:
         None, "Stop at a loss that is not finite, or after the warm-up this many times the first one; null: never."
     )
     save_model: bool = described(True, "Write the trained model, its card and its curves.")
+    license: str | None = described(None, "Licence of the model in its card, such as mit; default: of a local `model`.")
 
     def __post_init__(self) -> None:
         check_numbers(self)

@@ -176,14 +176,15 @@ def check_texts(splits: DatasetDict, column: str) -> None:
 
 
 def load_pretrained(auto: Any, name: str) -> Any:
-    """Load a configuration, tokenizer or model by its Auto class; code from the Hub is never run.
+    """Load a configuration, tokenizer, image processor or model by its Auto class; the code in it is never run.
 
     Raises:
         FileNotFoundError: it is not found.
         ValueError: its files are damaged, or a model lacks weights.
     """
-    what = {"AutoConfig": "configuration of model", "AutoTokenizer": "tokenizer of model"}.get(auto.__name__, "model")
-    is_model, index = what == "model", Path(name) / INDEX_FILE
+    parts = {"AutoConfig": "configuration", "AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+    is_model, index = auto.__name__ not in parts, Path(name) / INDEX_FILE
+    what = "model" if is_model else f"{parts[auto.__name__]} of model"
     if is_model and os.path.isfile(index):
         # Transformers would follow ../x.
         shard_names(index)

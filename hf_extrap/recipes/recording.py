@@ -14,7 +14,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from hf_extrap.optim.sharding import is_sharded
 from hf_extrap.recipes.run_folder import RunFolder
-from hf_extrap.recipes.task import spoken
+from hf_extrap.training.figures import spoken
 
 
 def parameter_checksum(model: nn.Module) -> str:

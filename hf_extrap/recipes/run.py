@@ -17,18 +17,20 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from hf_extrap.optim.distributed import let_gloo_finish
+from hf_extrap.recipes.baseline import find_baseline
 from hf_extrap.recipes.configuration import Configuration
-from hf_extrap.recipes.figures import draw_curves
+from hf_extrap.recipes.hardware import hardware
 from hf_extrap.recipes.model_card import make_card
 from hf_extrap.recipes.precision import NO_BF16, cpu_has_bf16
 from hf_extrap.recipes.recording import ConciseProgress, RunRecorder, replicas_agree
-from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, RunFolder
+from hf_extrap.recipes.run_folder import RunFolder
 from hf_extrap.recipes.secrets import command_line
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.callbacks import DivergenceStopper
 from hf_extrap.training.checkpoints.finding import check_exists
 from hf_extrap.training.checkpoints.matching import check_checkpoint_matches
 from hf_extrap.training.extras import extra
+from hf_extrap.training.figures import CURVES_FILE, draw_curves
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.signals import stopping_on_signals
 from hf_extrap.training.trainer import ExtrapSeq2SeqTrainer, ExtrapTrainer
@@ -124,7 +126,7 @@ def _run(
     if diverged_at is None:
         validation = _last_evaluation(trainer) or trainer.evaluate(metric_key_prefix="eval")
         test = _evaluate_test(trainer, prepared)
-    if configuration.run.save_model:
+    if configuration.run.save_model and not arguments.push_to_hub:
         trainer.save_model()
 
     numbers = [validation.get(f"eval_{name}", math.nan) for name in (prepared.metric, "loss")]
@@ -145,6 +147,7 @@ def _run(
         "wall_clock_seconds": time.perf_counter() - began,
         "world_size": arguments.world_size,
         "virtual_workers": arguments.extrap_virtual_workers,
+        "accumulation": arguments.gradient_accumulation_steps,
         "global_batch": items,
         "global_batch_units": items * prepared.batch_size_unit,
         "ranks_identical": identical,
@@ -153,6 +156,7 @@ def _run(
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
         "device": str(arguments.device),
+        "hardware": hardware(arguments.device),
         "resumed_from": trainer.resumed_from.name if trainer.resumed_from else None,
         "arguments": configuration.given,
         "facts": prepared.facts,
@@ -164,7 +168,13 @@ def _run(
         if configuration.run.save_model:
             title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
             drawn = draw_curves(folder.read_history(), prepared.metric, folder.path / CURVES_FILE, title)
-            make_card(metrics, model, CURVES_FILE if drawn else None).save(folder.path / CARD_FILE)
+            figure, baseline = CURVES_FILE if drawn else None, find_baseline(folder.path, metrics)
+            trainer.card = make_card(metrics, model, figure, baseline, getattr(trainer, "hub_model_id", None))
+            trainer.create_model_card()
+    if configuration.run.save_model and arguments.push_to_hub:
+        # With this card and figure; it saves the model first.
+        trainer.push_to_hub()
+    if first:
         # Last, since its presence marks a finished run.
         folder.write_metrics(metrics)
     wait_for_everyone()

@@ -21,13 +21,12 @@ from hf_extrap.training.checkpoints.folders import ASIDE, checkpoints
 CONFIGURATION_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 HISTORY_FILE = "history.jsonl"
-CURVES_FILE = "curves.png"
 CARD_FILE = "README.md"
 LOCK_FILE = "_run.lock"
 
 #: Fields of places and of progress: runs that differ only in them are the same run.
 UNCOMPARED = frozenset(
-    "output_dir resume_from_checkpoint save_model disable_tqdm use_cpu data_cache_dir".split()
+    "output_dir resume_from_checkpoint save_model license disable_tqdm use_cpu data_cache_dir".split()
     + "dataloader_num_workers save_total_limit checkpoint_integrity max_skipped_steps".split()
 )
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 MASK = "HIDDEN"
 _NAME = r"(?:\w*[-_])?(?:token|api[-_]?key|access[-_]?key|secret|password|passwd|credentials?|signature)"
-#: Tokens of a vocabulary.
-_SPECIAL = r"(?:additional|bos|cls|decoder_start|eos|image|mask|pad|sep|unk)[-_](?:special[-_])?token"
+#: Tokens of a vocabulary, and the settings of a metric.
+_SPECIAL = (
+    r"(?:(?:additional|bos|cls|decoder_start|eos|image|mask|pad|sep|unk)[-_](?:special[-_])?token"
+    r"|(?:bleu|chrf|sacrebleu)[-_]signature)"
+)
 _IS_NAME = re.compile(rf"-*(?!{_SPECIAL}$){_NAME}", re.IGNORECASE)
 _PATTERNS = (
     # --hub_token VALUE; then "token": "VALUE" and token=VALUE.

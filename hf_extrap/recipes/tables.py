@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_extrap.recipes.model_card import result_rows, training_rows
-from hf_extrap.recipes.run_folder import CARD_FILE, CURVES_FILE, METRICS_FILE
-from hf_extrap.recipes.task import spoken
+from hf_extrap.recipes.run_folder import CARD_FILE, METRICS_FILE
+from hf_extrap.training.figures import CURVES_FILE, spoken
 
 
 def print_run(metrics: Mapping[str, Any], output_dir: str | Path, console: Console | None = None) -> None:

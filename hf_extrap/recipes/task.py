@@ -72,8 +72,3 @@ def check_fields(arguments: Any, **conditions: tuple[bool, str]) -> None:
 def parameter_count(model: torch.nn.Module) -> int:
     """Number of parameters, including those that ZeRO-3 has partitioned."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-
-
-def spoken(metric: str) -> str:
-    """Name of a metric in tables and figures."""
-    return {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}.get(metric, metric)

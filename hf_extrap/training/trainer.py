@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.local_sgd import LocalSGD
@@ -32,8 +36,10 @@ from .components.fresh_direction import FreshDirection
 from .components.local_sgd import LocalSteps
 from .components.running_loss import RunningLoss
 from .components.sharpness import Sharpness
+from .figures import CURVES_FILE, draw_curves
 from .loss_scaling import uses_num_items
-from .model_card import add_extrapolation
+from .markdown import one_line
+from .model_card import complete_card
 from .optimizers import base_optimizer, scale_learning_rate, step_decay
 from .requirements import check_deepspeed_runs, check_requirements
 
@@ -58,11 +64,13 @@ class ExtrapTrainerMixin(TrainerBase):
         local_sgd: the local steps of `local_steps`.
         sharpness: measures the largest curvature.
         resumed_from: the checkpoint that `train` has resumed from.
+        card: a model card to write, on the first process, in place of the Trainer's own.
     """
 
     args: ExtrapTrainingArguments
     model: nn.Module
     resumed_from: Path | None = None
+    card: ModelCard | None = None
     _client_optimizer: Extrapolated | None = None
     _connected_to: nn.Module | None = None
     _tag_names = ["hf_extrap"]
@@ -283,17 +291,43 @@ class ExtrapTrainerMixin(TrainerBase):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The stock card, as `push_to_hub` writes it, with the scheme and the base optimizer's real name."""
+        """`card`, or the stock card with the scheme, the base optimizer's real name and, by Matplotlib, the curves."""
+        folder = Path(str(self.args.output_dir))
+        if self.card is not None:
+            self.card.save(folder / "README.md")
+            return
+        name = kwargs.get("model_name") or folder.absolute().name
+        if one_line(name) != name and not args:
+            kwargs["model_name"] = one_line(name)
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and (optimizer := self.extrapolated) is not None:
-            card = Path(str(self.args.output_dir)) / "README.md"
-            add_extrapolation(card, self.args.extrap, optimizer.config, optimizer)
+        if self.is_world_process_zero() and (folder / "README.md").is_file():
+            optimizer, config = self.extrapolated, self.extrap_config
+            figure = self._draw_curves(folder) if optimizer is not None and config.direction != "none" else None
+            complete_card(folder / "README.md", self.args.extrap, config, optimizer, figure)
+
+    def _draw_curves(self, folder: Path) -> str | None:
+        """Draw what was logged beside the card, if Matplotlib is installed."""
+        if find_spec("matplotlib") is None:
+            return None
+        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        return CURVES_FILE if draw_curves(self.state.log_history, metric, folder / CURVES_FILE) else None
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock upload, of x, with the statistics of BatchNorm that `save_model` saves."""
+        self._prepare_saving(is_checkpoint=False)
+        return super().push_to_hub(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The stock saving, of x."""
-        for component in self._components:
-            component.before_save(is_checkpoint=_internal_call)
+        self._prepare_saving(is_checkpoint=_internal_call)
         super().save_model(output_dir, _internal_call)
+
+    def _prepare_saving(self, is_checkpoint: bool) -> None:
+        if (optimizer := self.extrapolated) is not None and self.extrap_config.direction != "none":
+            # A pass may have been interrupted at y.
+            optimizer.restore()
+        for component in self._components:
+            component.before_save(is_checkpoint)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return self._writer.folder_of(super()._get_output_dir(trial))
@@ -308,8 +342,15 @@ class ExtrapTrainerMixin(TrainerBase):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The upload may run in the background, and the checkpoint is still to be renamed.
-        if not self._writer.is_writing:
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._writer.is_writing:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            # The stock Trainer copies the configuration and the weights alone.
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, str(self.args.output_dir))
+            if self.extrap_config.direction != "none":
+                self.create_model_card(model_name=Path(str(self.hub_model_id)).name)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

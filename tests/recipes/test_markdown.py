@@ -11,10 +11,11 @@ import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from hf_extrap.recipes.image_classification.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
-from hf_extrap.recipes.markdown import code, code_block, escaped
+from hf_extrap.recipes.baseline import Baseline
 from hf_extrap.recipes.model_card import make_card
+from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 from hf_extrap.recipes.tables import make_table
+from hf_extrap.training.markdown import code, code_block, escaped
 
 NASTY = [
     "x](javascript:alert(1))",
@@ -36,7 +37,7 @@ METRICS: dict[str, Any] = {
     **{"world_size": 1, "virtual_workers": 1, "global_batch": 4, "global_batch_units": 4, "optimizer": "SGD"},
     **{"peak_learning_rate": 0.1, "steps": 1, "epochs": 1.0, "seconds_per_step": 1.0, "data_seconds_per_step": None},
     **{"tokens_per_second": None, "samples_per_second": 4.0, "train_seconds": 1.0, "seed": 1},
-    **{"extrap": {"direction": "none"}, "versions": {"torch": "2"}, "command": "hf-extrap train"},
+    **{"extrap": {"direction": "none"}, "versions": {"torch": "2"}, "arguments": {}, "command": "hf-extrap train"},
 }
 
 
@@ -46,7 +47,9 @@ def test_a_model_card_keeps_its_structure(name: str) -> None:
 
     def card_of(text: str) -> ModelCard:
         facts = {"dataset": text, "source_lang": text, "note": text}
-        return make_card({**METRICS, "facts": facts, "command": f"hf-extrap train --x {text!s}"}, model, None)
+        arguments = {"data_dir": text, "license": text, "learning_rate": 0.2}
+        own = {**METRICS, "facts": facts, "arguments": arguments, "command": f"hf-extrap train --x {text!s}"}
+        return make_card(own, model, None, Baseline(text, {**own, "arguments": {"x": text}}, ["learning_rate", "x"]))
 
     card, plain = card_of(name), card_of("harmless")
     read = ModelCard(card.content)
@@ -54,16 +57,18 @@ def test_a_model_card_keeps_its_structure(name: str) -> None:
     assert read.data.eval_results[0].metric_value == 12.5
     front = card.content.split("\n---\n")[0].removeprefix("---\n")
     assert set(yaml.safe_load(front)) == set(yaml.safe_load(plain.content.split("\n---\n")[0].removeprefix("---\n")))
-    # Outside of the block with the command, what is special is escaped.
-    fence = next(line for line in card.content.splitlines() if line.endswith("bash")).removesuffix("bash")
-    before, rest = card.content.split(f"{fence}bash\n", 1)
-    command, after = rest.split(f"\n{fence}\n", 1)
-    assert command == f"hf-extrap train --x {name}".replace("\r", "")
-    body = re.sub(r"\\[^\w\s]", "", before.split("\n---\n", 1)[1] + after)
+    # Outside of the blocks with code, commands and fields, what is special is escaped.
+    found = re.compile(r"^(`{3,})(\w+)\n(.*?)\n\1$", re.MULTILINE | re.DOTALL)
+    blocks = [(block[2], block[3]) for block in found.finditer(card.content)]
+    assert [language for language, _ in blocks] == ["python", "bash", "bash", "yaml", "yaml", "bibtex"]
+    assert blocks[2][1] == f"hf-extrap train --x {name}".replace("\r", "")
+    assert yaml.safe_load(blocks[3][1])["license"] == name
+    outside = found.sub("", card.content).split("\n---\n", 1)[1]
+    body = re.sub(r"\\[^\w\s]|(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", outside)
     for special in ("](javascript", "<script", "{{", "![x]", "```\x20d", "\x1b"):
         assert special not in body
     headings = [line for line in body.splitlines() if line.startswith("#")]
-    expected = [line for line in plain.content.splitlines() if line.startswith("#")]
+    expected = [line for line in found.sub("", plain.content).splitlines() if line.startswith("#")]
     assert headings[1:] == expected[1:] and len(headings) == len(expected)
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert all(line.count("|") in (3, 4) for line in rows)

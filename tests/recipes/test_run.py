@@ -86,8 +86,9 @@ def test_the_card_is_valid_and_agrees_with_the_metrics(finished: Path) -> None:
     assert {"hf_extrap", "arxiv:2006.05720", "extrap:extrap"} <= set(card.data.tags)
     text = card.content
     assert "independent implementation" in text and "2006.05720" in text and "| base optimizer | AdamW |" in text
-    fields = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert fields == metrics["extrap"]
+    changed, given, fields = (yaml.safe_load(block.split("```")[0]) for block in text.split("```yaml\n")[1:])
+    assert fields == metrics["extrap"] and changed.items() <= fields.items()
+    assert given == {**metrics["arguments"], "output_dir": "run"}
     assert metrics["command"] in text
     assert (finished / text.split("![Training curves](")[1].split(")")[0]).is_file()
     # No value breaks a table cell.
@@ -145,7 +146,7 @@ def test_a_language_model_learns(tiny_language_model: Path, tmp_path: Path, caps
     assert whole["eval"]["eval_perplexity"] < whole["untrained"]["untrained_perplexity"] - 5
     assert whole["eval"]["eval_perplexity"] == pytest.approx(math.exp(whole["eval"]["eval_loss"]), rel=0.02)
     assert "validation perplexity" in capsys.readouterr().out
-    assert "import hf_extrap.recipes.models" in (tmp_path / "whole/README.md").read_text()
+    assert "trust_remote_code=True" in (tmp_path / "whole/README.md").read_text()
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ExtrapLstmForCausalLM)
 
 

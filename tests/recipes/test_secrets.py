@@ -25,7 +25,8 @@ def test_names_of_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_tokens", "eos_token", "pad_token_id", "include_num_input_tokens_seen", "secretary"]
+    "name",
+    ["batch_tokens", "eos_token", "pad_token_id", "include_num_input_tokens_seen", "secretary", "sacrebleu_signature"],
 )
 def test_names_of_other_fields(name: str) -> None:
     assert not is_secret(name)

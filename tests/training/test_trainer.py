@@ -188,7 +188,7 @@ def test_its_own_card_names_the_scheme_and_the_real_optimizer(tmp_path: Path) ->
     trainer.create_model_card(model_name="toy")
     card = ModelCard.load(tmp_path / "README.md")
     assert {"hf_extrap", "extrap:extrap-past", "arxiv:2006.05720"} <= set(card.data.tags)
-    assert "stepped by SGD" in card.text
+    assert "and SGD stepped the parameters x" in card.text
     assert "direction: past_gradient" in card.text and "step_ratio: 0.25" in card.text
 
 

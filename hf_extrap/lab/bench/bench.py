@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_extrap.lab.bench import processes, trainers
+from hf_extrap.recipes.hardware import cpu_model
 from hf_extrap.recipes.run_folder import read_json, write_json
 
 from .floor import BASES, copy_bandwidth, floor_of, moved
@@ -177,7 +177,7 @@ def _start(path: Path, device: torch.device) -> dict[str, Any]:
     import transformers
 
     machine = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "precision": precision_of(device),
@@ -196,14 +196,6 @@ def _start(path: Path, device: torch.device) -> dict[str, Any]:
     # The fastest copy of all calls, because a busy machine would raise the floor.
     content["copy_bandwidth"] = max(content["copy_bandwidth"], copy_bandwidth(device))
     return content
-
-
-def _processor() -> str:
-    """The name of the CPU, if the system knows it, and the instruction set that PyTorch uses."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:

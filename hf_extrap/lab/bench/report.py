@@ -10,8 +10,8 @@ import numpy as np
 from scipy.optimize import nnls
 from tabulate import tabulate
 
-from hf_extrap.recipes.figures import COLOURS
 from hf_extrap.recipes.run_folder import write_text
+from hf_extrap.training.figures import COLOURS
 
 from .timing import ratio, spread
 from .workloads import WORKLOADS

@@ -36,7 +36,7 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 def _model() -> nn.Module:
-    from hf_extrap.recipes.language_modeling.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
+    from hf_extrap.recipes.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
 
     sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 128, "embedding_size": 128, "num_hidden_layers": 1}
     return ExtrapLstmForCausalLM(ExtrapLstmConfig(**sizes, dropout=0.0))

@@ -65,7 +65,7 @@ def precision_of(device: torch.device) -> str:
 
 
 def _lstm() -> nn.Module:
-    from hf_extrap.recipes.language_modeling.lstm import ExtrapLstmConfig, ExtrapLstmForCausalLM
+    from hf_extrap.recipes.models import ExtrapLstmConfig, ExtrapLstmForCausalLM
 
     config = ExtrapLstmConfig(hidden_size=200, embedding_size=200, num_hidden_layers=2, dropout=0.0)
     return ExtrapLstmForCausalLM(config)
@@ -84,7 +84,7 @@ def _marian() -> nn.Module:
 
 
 def _resnet() -> nn.Module:
-    from hf_extrap.recipes.image_classification.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
+    from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 
     classes: dict[str, Any] = {"num_labels": 10}
     return ExtrapResNetForImageClassification(ExtrapResNetConfig(**classes))

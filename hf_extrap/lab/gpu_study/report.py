@@ -11,8 +11,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hf_extrap.recipes.figures import COLOURS, MARKERS
 from hf_extrap.recipes.run_folder import read_json, write_text
+from hf_extrap.training.figures import COLOURS, MARKERS
 
 Rows = Sequence[Mapping[str, Any]]
 

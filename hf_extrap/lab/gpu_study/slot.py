@@ -122,7 +122,7 @@ class Slot:
 
 
 def _build(seed: int, depth: int) -> nn.Module:
-    from hf_extrap.recipes.image_classification.resnet import ExtrapResNetConfig, ExtrapResNetForImageClassification
+    from hf_extrap.recipes.models import ExtrapResNetConfig, ExtrapResNetForImageClassification
 
     fields: dict[str, Any] = {"num_labels": 10, "depth": depth}
     fields |= {"image_mean": MEAN, "image_std": DEVIATION}

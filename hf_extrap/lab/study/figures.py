@@ -15,7 +15,7 @@ from hf_extrap.lab import figures
 from hf_extrap.lab.figures import add_legend, finish, make_panels, style_of, use_logarithm
 from hf_extrap.lab.study.results import Entry, Results, worker_words
 from hf_extrap.lab.study.statistics import Estimate
-from hf_extrap.recipes.figures import spoken
+from hf_extrap.training.figures import spoken
 
 BEYOND = "; triangles at an edge: beyond the axis"
 

@@ -14,10 +14,10 @@ from hf_extrap.lab.study.plan import Plan
 from hf_extrap.lab.study.results import PERFECT_SCALING_MARGIN, Entry, Results, gather, worker_words
 from hf_extrap.lab.study.specification import Study, read_study
 from hf_extrap.lab.study.statistics import Estimate
-from hf_extrap.recipes.figures import spoken
-from hf_extrap.recipes.markdown import code, escaped, escaped_text
 from hf_extrap.recipes.run_folder import plain, write_json, write_text
 from hf_extrap.recipes.tables import make_table
+from hf_extrap.training.figures import spoken
+from hf_extrap.training.markdown import code, escaped, escaped_text
 from hf_extrap.training.versions import versions
 
 REPORT_FILE, SUMMARY_FILE = "report.md", "summary.json"

@@ -19,7 +19,7 @@ from hf_extrap.lab.study.statistics import (
     steps_to,
 )
 from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.recipes.figures import series
+from hf_extrap.training.figures import series
 
 PERFECT_SCALING_MARGIN = 1.2
 """A batch size is within perfect scaling up to so many times the steps that it would take."""

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from hf_extrap.optim.config import ExtrapConfig
-from hf_extrap.recipes.figures import series
+from hf_extrap.training.figures import series
 
 CONFIDENCE = 0.95
 

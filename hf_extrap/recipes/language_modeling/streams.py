@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
-from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED
+from hf_extrap.recipes.models.vocabulary_head import IGNORED
 
 
 class StreamDataset(Dataset):

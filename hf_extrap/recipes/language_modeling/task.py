@@ -24,11 +24,10 @@ from transformers import (
     TrainingArguments,
 )
 
-import hf_extrap.recipes.models  # noqa: F401  (registers `extrap_lstm`)
 from hf_extrap.recipes.data import DataArguments, check_texts, load_pretrained, load_splits
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
 from hf_extrap.recipes.language_modeling.text import builtin_text, token_streams
-from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED, VocabularyHead
+from hf_extrap.recipes.models.vocabulary_head import IGNORED, VocabularyHead
 from hf_extrap.recipes.task import PreparedTask, check_fields, parameter_count
 from hf_extrap.training.arguments import described
 

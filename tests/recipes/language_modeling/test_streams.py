@@ -9,7 +9,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hf_extrap.recipes.language_modeling.streams import StreamDataset, collate
-from hf_extrap.recipes.language_modeling.vocabulary_head import IGNORED
+from hf_extrap.recipes.models.vocabulary_head import IGNORED
 
 
 def worker_texts(world_size: int, accumulation: int, batch: int = 2, seq_len: int = 3) -> dict[int, np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 
-from hf_extrap.recipes.figures import COLOURS, draw_curves, series
+from hf_extrap.training.figures import COLOURS, draw_curves, series
 
 ROWS = [
     *({"step": s, "loss": 5 - s / 10, "learning_rate": 0.1, "extrap/step_size": 0.02} for s in range(1, 11)),
@@ -34,6 +34,6 @@ def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
     assert "Displacement ‖x − y‖" not in draw_curves(rows, "perplexity", tmp_path / "curves.png")
     drawn = draw_curves(ROWS[:11], "perplexity", tmp_path / "curves.png")
     assert drawn == ["Loss", "Learning rate", "Extrapolation step size"]
-    assert draw_curves([], "bleu", tmp_path / "none.png") == [] and (tmp_path / "none.png").is_file()
+    assert draw_curves([], "bleu", tmp_path / "none.png") == [] and not (tmp_path / "none.png").exists()
     assert series(ROWS, "eval_perplexity") == ([5, 8], [99.5, 81.5])
     assert series(ROWS, "missing") == ([], [])

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_extrap.recipes.task import spoken
-from hf_extrap.training.extras import extra
+from .extras import extra
+
+#: Name of the figure of a run, in its folder.
+CURVES_FILE = "curves.png"
 
 # The palette of Okabe and Ito, for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,16 +27,22 @@ PANELS: tuple[tuple[str, str, bool], ...] = (
 )
 
 
+def spoken(metric: str) -> str:
+    """Name of a metric in tables and figures."""
+    return {"bleu": "BLEU", "chrf": "chrF", "accuracy": "accuracy (%)"}.get(metric, metric)
+
+
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of the rows of a history with a number under `key`."""
     found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float) and "step" in row]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str = "") -> list[str]:
+def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str | None, path: Path, title: str = "") -> list[str]:
     """Draw a run's history into a PNG file, one panel for each quantity with at least two values, not all zero.
 
-    `metric` is the key of the leading metric, without `eval_`. Returns the titles of the panels.
+    `metric` is the key of the leading metric, without `eval_`, if it is not the loss. Returns the titles of the panels;
+    without any, no file is written.
     """
     with extra("recipes"):
         from matplotlib.figure import Figure
@@ -43,11 +51,15 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, titl
     panels: list[tuple[str, dict[str, tuple[list[float], list[float]]], bool]] = []
     losses = {"training, at y": series(rows, "loss"), "validation, at x": series(rows, "eval_loss")}
     panels.append(("Loss", losses, False))
-    panels.append((f"Validation {spoken(metric)}, at x", {"": series(rows, f"eval_{metric}")}, metric == "perplexity"))
+    if metric not in (None, "loss"):
+        validation = {"": series(rows, f"eval_{metric}")}
+        panels.append((f"Validation {spoken(metric)}, at x", validation, metric == "perplexity"))
     panels += [(name, {"": series(rows, key)}, logarithmic) for key, name, logarithmic in PANELS]
     panels = [panel for panel in panels if any(len(steps) > 1 and any(y) for steps, y in panel[1].values())]
-    columns = min(2, max(1, len(panels)))
-    count = -(-len(panels) // columns) if panels else 1
+    if not panels:
+        return []
+    columns = min(2, len(panels))
+    count = -(-len(panels) // columns)
     figure = Figure(figsize=(8.4, 2.5 * count + 0.4), layout="constrained")
     grid = figure.subplots(count, columns, squeeze=False)
     for axes, (name, lines, logarithmic) in zip(grid.flat, panels, strict=False):

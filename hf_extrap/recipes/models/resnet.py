@@ -10,11 +10,14 @@ from transformers import ResNetConfig, ResNetForImageClassification, initializat
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
-from hf_extrap.recipes.task import check_fields
-
 #: Block size of oneDNN in channels. With fewer channels in channels-last layout, its gradient of a strided 1 × 1
 #: convolution writes out of bounds on CPUs with AVX2 (oneDNN issue 6035).
 ONEDNN_BLOCK = 16
+#: Auto class -> class in this file.
+CLASSES = {
+    "AutoConfig": "ExtrapResNetConfig",
+    "AutoModelForImageClassification": "ExtrapResNetForImageClassification",
+}
 
 
 class ExtrapResNetConfig(ResNetConfig):
@@ -35,11 +38,10 @@ class ExtrapResNetConfig(ResNetConfig):
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_fields(
-            self,
-            depth=(self.depth >= 8 and self.depth % 6 == 2, "6n + 2, such as 8, 14, 20 or 32"),
-            width=(self.width >= 1, "at least 1"),
-        )
+        if self.depth < 8 or self.depth % 6 != 2:
+            raise ValueError(f"`depth` is {self.depth}; allowed: 6n + 2, such as 8, 14, 20 or 32.")
+        if self.width < 1:
+            raise ValueError(f"`width` is {self.width}; allowed: at least 1.")
         if not len(self.image_mean) == len(self.image_std) == self.num_channels or min(self.image_std) <= 0:
             raise ValueError(
                 f"`image_mean` is {self.image_mean} and `image_std` {self.image_std}; allowed: {self.num_channels} "
@@ -50,6 +52,12 @@ class ExtrapResNetConfig(ResNetConfig):
         self.hidden_sizes = [self.width, 2 * self.width, 4 * self.width]
         self.depths = [(self.depth - 2) // 6] * 3
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the configuration with the code of the model, for environments without this package."""
+        # Of all classes: Transformers would name only the saved one, and after FSDP's renaming a wrong one.
+        self.auto_map = {auto_class: f"{__name__.rpartition('.')[2]}.{name}" for auto_class, name in CLASSES.items()}
+        super().save_pretrained(*args, **kwargs)
 
 
 class Normalization(nn.Module):
@@ -120,3 +128,7 @@ class ExtrapResNetForImageClassification(ResNetForImageClassification):
             # Channels last, the fastest layout of convolutions on a CPU; torch.vmap does not support memory formats.
             pixel_values = pixel_values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return super().forward(pixel_values=pixel_values, labels=labels, **kwargs)
+
+
+# A saved configuration, and so a saved model, carries this file.
+ExtrapResNetConfig.register_for_auto_class()

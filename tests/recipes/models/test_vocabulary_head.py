@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_extrap.recipes.language_modeling import vocabulary_head
-from hf_extrap.recipes.language_modeling.vocabulary_head import VocabularyHead
+from hf_extrap.recipes.models import vocabulary_head
+from hf_extrap.recipes.models.vocabulary_head import VocabularyHead
 
 
 def head_and_batch(targets: list[int], vocab_size: int = 50) -> tuple[VocabularyHead, torch.Tensor, torch.Tensor]:

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
-from hf_extrap.recipes.language_modeling.vocabulary_head import VocabularyHead
-from hf_extrap.recipes.task import check_fields
+from .vocabulary_head import VocabularyHead
 
 #: (h, c), each (layers, batch, hidden): the recurrent state of an LSTM.
 State = tuple[Tensor, Tensor]
+#: Auto class -> class in this file.
+CLASSES = {
+    "AutoConfig": "ExtrapLstmConfig",
+    "AutoModel": "ExtrapLstmModel",
+    "AutoModelForCausalLM": "ExtrapLstmForCausalLM",
+}
 
 
 class ExtrapLstmConfig(PreTrainedConfig):
@@ -46,16 +51,23 @@ class ExtrapLstmConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        sizes = ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers")
-        check_fields(
-            self,
-            **{size: (getattr(self, size) >= 1, "at least 1") for size in sizes},
-            dropout=(0 <= self.dropout < 1, "[0, 1)"),
-        )
-        fits = not self.tie_word_embeddings or self.embedding_size == self.hidden_size
-        allowed = f"`hidden_size`, {self.hidden_size}, with tied embeddings, or `tie_word_embeddings` false"
-        check_fields(self, embedding_size=(fits, allowed))
+        for size in ("vocab_size", "embedding_size", "hidden_size", "num_hidden_layers"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"`{size}` is {getattr(self, size)}; allowed: at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` is {self.dropout}; allowed: [0, 1).")
+        if self.tie_word_embeddings and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"`embedding_size` is {self.embedding_size}; allowed: `hidden_size`, {self.hidden_size}, with tied "
+                "embeddings, or `tie_word_embeddings` false."
+            )
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the configuration with the code of the model, for environments without this package."""
+        # Of all classes: Transformers would name only the saved one, and after FSDP's renaming a wrong one.
+        self.auto_map = {auto_class: f"{__name__.rpartition('.')[2]}.{name}" for auto_class, name in CLASSES.items()}
+        super().save_pretrained(*args, **kwargs)
 
 
 @dataclass
@@ -225,3 +237,7 @@ class ExtrapLstmForCausalLM(ExtrapLstmPreTrainedModel, GenerationMixin):
     def _reorder_cache(self, cache_params: State, beam_idx: Tensor) -> State:
         h, c = (part.index_select(1, beam_idx.to(part.device)) for part in cache_params)
         return h, c
+
+
+# A saved configuration, and so a saved model, carries this file and those that it imports from this folder.
+ExtrapLstmConfig.register_for_auto_class()
