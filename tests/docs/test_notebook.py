@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 
+@pytest.mark.slow
 def test_the_quick_start(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(repository / "examples/quick_start.ipynb", as_version=4)
     nbformat.validate(notebook)
@@ -21,7 +23,9 @@ def test_the_quick_start(repository: Path, tmp_path: Path, monkeypatch: pytest.M
     figure, numbers = code[-2].outputs[-1], code[-1].outputs[-1]
     assert "image/png" in figure["data"]
     share, *perplexities = numbers["text"].splitlines()
-    assert share == "the distance of y from x is 0.10 to 0.10 of a step"
+    shortest, longest = (float(number) for number in re.findall(r"\d\.\d\d", share))
+    # A tenth of the last step, which the warm-up makes larger than the one before.
+    assert 0.05 < shortest < longest < 0.5
     # A uniform guess has a perplexity of thousands, and word frequencies alone of about 106.
     assert [line.split(":")[0] for line in perplexities] == ["none", "extrap-past"]
     assert all(float(line.split(": ")[1]) < 100 for line in perplexities), perplexities
