@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-all soak study bench gpu gpu-bench gpu-study lint audit clean
+.PHONY: run test test-all soak study bench gpu gpu-bench gpu-study docs docs-serve lint audit clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed-recipes
@@ -55,6 +55,14 @@ DATA ?= data/cifar10
 gpu-study:
 	$(PYTHON) -m hf_extrap.lab.gpu_study --minutes $(MINUTES) --data $(DATA) --output_dir runs/gpu-study
 
+# The site, with warnings as errors, in site/; it is read from there without a server.
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
+
+# The site at http://127.0.0.1:8000, built again when a page changes.
+docs-serve: .venv/installed-docs
+	$(BIN)/mkdocs serve
+
 lint: .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,4 +83,4 @@ audit: .venv/installed-lint
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

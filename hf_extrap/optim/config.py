@@ -24,7 +24,7 @@ from .serialization import Serializable
 class ExtrapConfig(Serializable):
     """One extrapolation scheme: y = x − η · S(d, x), the gradient taken at y, the step taken from x.
 
-    Parameters that control the direction d:
+    Attributes: Direction d
         direction: `none` (the base optimizer alone), `gradient` (a fresh gradient at x), `past_gradient` (the gradient
             of the last step), `past_update` (the last update of x divided by the learning rate), or i.i.d. noise,
             `gaussian` N(0, 1) and `uniform` U(−1, 1).
@@ -45,7 +45,7 @@ class ExtrapConfig(Serializable):
             step. If false, such a gradient is stepped with, as by the base optimizer alone.
         seed: of the noise and of stochastic rounding.
 
-    Parameters that control the distance between x and y:
+    Attributes: Distance between x and y
         scaling: S, one of `hf_extrap.optim.scaling`.
         step_size: η, a number >= 0, or `auto`: `curvature_share` / L̂, where L̂ is the curvature measured along the
             direction. With the scalings `step` and `layer_step` it is a share of the last step of x.
@@ -57,7 +57,7 @@ class ExtrapConfig(Serializable):
             follow it in any case.
         max_displacement: upper bound of ‖x − y‖ as a share of the length of the last step of x; None for no bound.
 
-    Parameters that control when:
+    Attributes: Steps that extrapolate
         start_step: first step that extrapolates, counted from 0.
         end_step: first step that no longer does; None for never.
 
