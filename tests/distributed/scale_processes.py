@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.lab.counting import CollectiveCounter
-from hf_extrap.lab.scale import PRESETS
+from hf_extrap.lab.cost import PRESETS
 from tests.support.in_processes import leave
 
 
