@@ -1,4 +1,4 @@
-"""The command line, hf-extrap: the program of all commands and the main function; each command has a file of its own."""
+"""The command line, hf-extrap: the program and the main function; each command has a file of its own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .bench import bench
 from .check_launch import doctor
 from .compare import compare
 from .errors import sentence_of
+from .init import init
 from .sharpness import sharpness
 from .train import train
 
@@ -35,6 +36,7 @@ app = typer.Typer(
         "token_normalize_func": lambda name: name.replace("-", "_"),
     },
 )
+app.command("init")(init)
 app.command("train", context_settings=FIELDS, add_help_option=False)(train)
 app.command("compare", context_settings=FIELDS)(compare)
 app.add_typer(study.app, name="study")

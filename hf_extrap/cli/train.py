@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -17,7 +18,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the configuration and what it costs; write nothing.")
     ] = False,
-    help_: Annotated[bool, typer.Option("--help", "-h", help="Show this message; --task NAME chooses the task.")] = False,
+    help_: Annotated[
+        bool, typer.Option("--help", "-h", help="Show this message; --task NAME chooses the task.")
+    ] = False,
     help_all: Annotated[bool, typer.Option("--help_all", help="List every field, also the Trainer's.")] = False,
 ) -> int:
     """Train one model.
@@ -52,7 +55,9 @@ def train(
     if dry_run:
         from hf_extrap.lab.dry_run import dry_run as plan
 
-        text = plan(configuration)
+        # What libraries print is no part of the configuration.
+        with redirect_stdout(sys.stderr):
+            text = plan(configuration)
         if arguments.process_index == 0:
             typer.echo(text)
         return 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
+from collections import defaultdict
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import Trainer
 
 from hf_extrap.optim.config import ExtrapConfig
 from hf_extrap.recipes.configuration import PROGRAM_DEFAULTS, Configuration
@@ -19,6 +20,7 @@ from hf_extrap.recipes.run_folder import plain
 from hf_extrap.recipes.secrets import is_secret
 from hf_extrap.recipes.task import PreparedTask
 from hf_extrap.training.model_card import optimizer_name
+from hf_extrap.training.trainer import ExtrapTrainerMixin
 
 from .cost import Precision, communication, memory, preset_like, sent
 
@@ -60,7 +62,7 @@ def resolved_fields(configuration: Configuration) -> dict[str, Any]:
     return {name: plain(value) for name, value in fields.items() if not is_secret(name)}
 
 
-def cost(trainer: Trainer, prepared: PreparedTask) -> dict[str, str]:
+def cost(trainer: ExtrapTrainerMixin, prepared: PreparedTask) -> dict[str, str]:
     """What the run of a Trainer costs, by name; `prepared` is its task. Nothing is trained."""
     arguments, config = trainer.args, trainer.args.extrap_config()
     batches = len(trainer.get_train_dataloader())
@@ -78,36 +80,38 @@ def cost(trainer: Trainer, prepared: PreparedTask) -> dict[str, str]:
     if config.moves and config.is_fresh:
         gradients += f" + {config.batch_fraction:g} at x, for the direction"
     rows["gradients"] = f"{gradients}, per worker and step"
-    return rows | _sizes(trainer, config)
+    return rows | _sizes(trainer, prepared, config)
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int | None:
-    """Bytes of the state that an optimizer has after its first step, found without memory, on the meta device.
+    """Bytes of the state that an optimizer has after its first step, found by a step of a copy with its own tensors.
 
-    None if the optimizer cannot step there, as one that reads a value of a tensor.
+    They are on the meta device, without memory; on the CPU for an optimizer that reads their values. None if it cannot
+    step alone, as one that needs a closure.
     """
-    # A fused step needs a real device.
-    plain_step = {name: False for name in ("fused", "foreach") if name in optimizer.defaults}
-    groups = [
-        {**group, **plain_step, "params": [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    try:
-        copy = type(optimizer)(groups, **{**optimizer.defaults, **plain_step})
-        for group in copy.param_groups:
-            for p in group["params"]:
-                p.grad = torch.empty_like(p)
-        copy.step()
-    # What an optimizer raises here is its own.
-    except Exception:
-        return None
-    leaves = [leaf for leaf in tree_leaves(list(copy.state.values())) if isinstance(leaf, torch.Tensor)]
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    for device in ("meta", "cpu"):
+        stepped = copy.copy(optimizer)
+        # A fused step needs a real device.
+        unfused: dict[str, Any] = {name: False for name in ("fused", "foreach") if name in optimizer.defaults}
+        stepped.state, stepped.param_groups = defaultdict(dict), []
+        for group in optimizer.param_groups:
+            params = [nn.Parameter(torch.zeros_like(p, device=device)) for p in group["params"]]
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            stepped.param_groups.append({**group, **unfused, "params": params})
+        try:
+            stepped.step()
+        # What an optimizer raises here is its own.
+        except Exception:  # nosec B112
+            continue
+        leaves = [leaf for leaf in tree_leaves(list(stepped.state.values())) if isinstance(leaf, torch.Tensor)]
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return None
 
 
-def _sizes(trainer: Trainer, config: ExtrapConfig) -> dict[str, str]:
+def _sizes(trainer: ExtrapTrainerMixin, prepared: PreparedTask, config: ExtrapConfig) -> dict[str, str]:
     """Parameters, memory of a process and communication of a step."""
-    arguments, parameters = trainer.args, list(trainer.model.parameters())
+    arguments, parameters = trainer.args, list(prepared.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     count, frozen = sum(_size(p) for p in trained), sum(_size(p) for p in parameters if not p.requires_grad)
     optimizer = trainer.create_optimizer()
@@ -149,7 +153,7 @@ def _sizes(trainer: Trainer, config: ExtrapConfig) -> dict[str, str]:
     }
 
 
-def _engine(trainer: Trainer) -> str:
+def _engine(trainer: ExtrapTrainerMixin) -> str:
     """The engine's name in `hf_extrap.lab.cost.ENGINES`."""
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage

@@ -83,7 +83,7 @@ class RunFolder:
     def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
         """Raise a ValueError unless a run with these resolved fields may write to the folder.
 
-        It may not if the folder has other files, another run, or, without `resume`, checkpoints or a finished run. A run
+        It may not if the folder has other files, another run, or, without `resume`, checkpoints or a finished run. One
         that failed before it logged, saved or finished anything does not count: the next one replaces its run.json.
         """
         if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
