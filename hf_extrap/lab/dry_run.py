@@ -133,11 +133,10 @@ def _sizes(trainer: ExtrapTrainerMixin, prepared: PreparedTask, config: ExtrapCo
         held["directions"] *= 2 / precision.gradients
     base, added = communication(engine, preset, count, ranks, precision)
     where = " in host memory" if config.direction_device == "cpu" and workers > 1 and config.is_local else ""
-    sizes = {name: collective_bytes for name, collective_bytes in (("base", base), ("added", added)) if ranks > 1}
-    reduced = {name: _bytes(sum(c.size for c in collectives)) for name, collectives in sizes.items()}
     communicated = "none, one process"
-    if reduced:
-        communicated = f"{reduced['base']} a step + {reduced['added']} for the extrapolation; each process sends "
+    if ranks > 1:
+        reduced, more = (_bytes(sum(collective.size for collective in each)) for each in (base, added))
+        communicated = f"{reduced} a step + {more} for the extrapolation; each process sends "
         communicated += _bytes(sent([*base, *added]))
     return {
         "parameters": f"{count + frozen:,}" + (f", {count:,} of them trained" if frozen else ""),
