@@ -62,9 +62,10 @@ def _with_suggestion(sentence: str) -> str:
     """Add the allowed value that is nearest to the refused one, if the sentence names both."""
     if "did you mean" in sentence or not (found := REFUSED.search(sentence)):
         return sentence
-    allowed = re.findall(r"[\w.@+-]+", found[0][len(found[1]) + 2 :].rpartition("allowed:")[2])
-    close = nearest(found[1], [word.rstrip(".") for word in allowed if word != found[1]])
-    if close is None:
+    words = re.findall(r"[\w.@+-]+", found[0][len(found[1]) + 2 :].rpartition("allowed:")[2])
+    allowed = [word.rstrip(".") for word in words]
+    close = nearest(found[1], allowed)
+    if close is None or found[1] in allowed:
         return sentence
     # Argparse lists dozens of optimizers.
     shorter = re.sub(r" \(choose from .*\)\.?$", "", sentence) if len(sentence) > 200 else sentence
