@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := run
-.PHONY: run test test-all soak study bench gpu gpu-bench gpu-study docs docs-serve lint audit clean
+.PHONY: run test test-all test-oldest soak study bench gpu gpu-bench gpu-study docs docs-serve lint audit clean
 
 # Trains the built-in language model with extrapolation in two processes.
 run: .venv/installed-recipes
@@ -23,6 +23,13 @@ test: .venv/installed-test
 # With the whole matrix of engines, schemes and optimizers, some ten minutes more.
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
+
+# The library alone, with the oldest versions of its requirements, in a virtual environment of its own.
+OLDEST := tests/optim tests/invariants/test_1_none_is_base.py tests/invariants/test_2_between_steps_x.py \
+    tests/invariants/test_7_resume.py tests/training/test_arguments.py tests/training/test_trainer.py \
+    tests/training/test_resuming.py tests/training/test_checkpoints.py
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -q $(OLDEST)
 
 # Kills, damages and random cases in large numbers.
 soak: .venv/installed-test
@@ -82,5 +89,11 @@ audit: .venv/installed-lint
 	$(PIP) --editable '.[$*]'
 	touch $@
 
+.venv-oldest/installed: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt \
+	    --editable . datasets hypothesis pytest
+	touch $@
+
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv .venv-oldest build site *.egg-info

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
 
+import typer
+
+from .fields import CONFIGURED, path_and_fields
 from .imports import hide_loading_bars, importing
 
-PARSER = {
-    "help": "train presets against each other on the same data order",
-    "usage": "hf-extrap compare [CONFIG.yaml] [options] [--field value ...]",
-    "description": "CONFIG.yaml and the other options, --field value, apply to every run.",
-}
 
+def compare(
+    context: typer.Context,
+    words: CONFIGURED = None,
+    presets: Annotated[
+        str, typer.Option("--presets", help="Presets, separated by commas.")
+    ] = "none,extrap,extrap-past",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0,1,2",
+    learning_rates: Annotated[
+        str | None, typer.Option("--learning_rates", help="Separated by commas; default: the configuration's.")
+    ] = None,
+    target: Annotated[float | None, typer.Option("--target", help="Value of the metric to count the steps to.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder for all runs; default: runs/compare-<config>.")
+    ] = None,
+) -> int:
+    """Train presets against each other on the same data order.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--presets", default="none,extrap,extrap-past", help="presets, separated by commas")
-    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
-    parser.add_argument("--learning_rates", help="separated by commas; default: the configuration's")
-    parser.add_argument("--target", type=float, help="value of the metric to count the steps to")
-    parser.add_argument("--output_dir", help="folder for all runs; default: runs/compare-<config>")
+    CONFIG.yaml and --field value apply to every run. Finished runs are not repeated.
 
-
-def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
-    """Run what is left of the comparison, and print its tables."""
+    \b
+    Example:
+      hf-extrap compare configs/translation/builtin.yaml --seeds 0,1 \\
+          --presets none,extrap-past:step_ratio=0.5
+    """
     with importing():
-        from hf_extrap.lab.compare import compare, comparison, parse_list
+        from hf_extrap.lab.compare import compare as run
+        from hf_extrap.lab.compare import comparison, parse_list
 
     hide_loading_bars()
     study = comparison(
-        known.path,
-        rest,
-        presets=parse_list("presets", known.presets, str),
-        seeds=parse_list("seeds", known.seeds, int),
-        learning_rates=parse_list("learning_rates", known.learning_rates, float) if known.learning_rates else None,
-        target=known.target,
+        *path_and_fields(words),
+        presets=parse_list("presets", presets, str),
+        seeds=parse_list("seeds", seeds, int),
+        learning_rates=parse_list("learning_rates", learning_rates, float) if learning_rates else None,
+        target=target,
     )
-    return compare(study, known.output_dir, command)
+    return run(study, output_dir, context.obj)

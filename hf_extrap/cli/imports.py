@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+#: Variables with which libraries are told, before their import, to show no progress bars.
+NO_BARS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
 
 
 @contextmanager
 def importing() -> Iterator[None]:
     """Pause the garbage collector for the imports inside, and exempt the imported objects from later collections.
 
-    Does nothing if torch is imported already: the objects of a running program are its own.
+    Where stderr is no terminal, progress bars are off. The garbage collector is left alone if torch is imported
+    already: the objects of a running program are its own.
     """
+    if not sys.stderr.isatty():
+        for name in NO_BARS:
+            os.environ.setdefault(name, "1")
     if not gc.isenabled() or "torch" in sys.modules:
         yield
         return

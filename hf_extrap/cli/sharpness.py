@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
 
+import typer
+
+from .fields import path_and_fields
 from .imports import hide_loading_bars, importing
 
-PARSER = {
-    "help": "measure the largest Hessian eigenvalue of a saved model",
-    "usage": "hf-extrap sharpness CHECKPOINT [options] [--field value ...]",
-    "description": "CHECKPOINT is the folder of a run, of a checkpoint in it, or of any saved model; the other "
-    "options, --field value, override the run's own fields.",
-}
-OPTIONS = ("config", "batches", "split", "differentiation", "batch_norm", "tolerance", "output_dir")
+CHECKPOINT = typer.Argument(metavar="CHECKPOINT --field value", hidden=True)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", help="fields of a saved model without run.json")
-    parser.add_argument("--batches", type=int, default=4, help="batches that the loss is averaged over")
-    parser.add_argument("--split", default="train", help="train or validation")
-    parser.add_argument("--differentiation", default="autograd", help="of the gradient: autograd or differences")
-    parser.add_argument("--batch_norm", default="batch", help="statistics of BatchNorm: batch or running")
-    parser.add_argument("--tolerance", type=float, default=1e-2, help="of the eigenvalue's residual")
-    parser.add_argument("--output_dir", help="folder to write to; default: CHECKPOINT")
+def sharpness(
+    context: typer.Context,
+    words: Annotated[list[str] | None, CHECKPOINT] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Fields of a saved model without run.json.")] = None,
+    batches: Annotated[int, typer.Option("--batches", help="Batches that the loss is averaged over.")] = 4,
+    split: Annotated[str, typer.Option("--split", help="train or validation.")] = "train",
+    differentiation: Annotated[
+        str, typer.Option("--differentiation", help="Of the gradient: autograd or differences.")
+    ] = "autograd",
+    batch_norm: Annotated[
+        str, typer.Option("--batch_norm", help="Statistics of BatchNorm: batch or running.")
+    ] = "batch",
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Of the eigenvalue's residual.")] = 1e-2,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder to write to; default: CHECKPOINT.")
+    ] = None,
+) -> int:
+    """Measure the largest Hessian eigenvalue of a saved model.
 
+    CHECKPOINT is the folder of a run, of a checkpoint in it, or of any saved model; --field value overrides the run's
+    own fields.
 
-def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
-    """Measure the checkpoint, and print the result."""
-    if known.path is None:
+    \b
+    Example:
+      hf-extrap sharpness runs/builtin --batches 4 --split validation
+    """
+    path, fields = path_and_fields(words)
+    if path is None:
         raise ValueError("sharpness needs the folder of a run, a checkpoint or a saved model, before its options.")
     with importing():
-        from hf_extrap.lab.sharpness import print_sharpness, sharpness
+        from hf_extrap.lab.sharpness import print_sharpness
+        from hf_extrap.lab.sharpness import sharpness as measure
 
     hide_loading_bars()
-    options = {name: getattr(known, name) for name in OPTIONS}
-    print_sharpness(sharpness(known.path, rest, command=command, **options), known.output_dir or known.path)
+    content = measure(
+        path,
+        fields,
+        config=config,
+        batches=batches,
+        split=split,
+        differentiation=differentiation,
+        batch_norm=batch_norm,
+        tolerance=tolerance,
+        output_dir=output_dir,
+        command=context.obj,
+    )
+    print_sharpness(content, output_dir or path)
     return 0

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
+
+import typer
 
 from .imports import importing
 
-PARSER = {"help": "tune and run methods at several batch sizes"}
-ACTIONS = {
-    "run": "run what is left of a study; finished runs are kept",
-    "report": "write tables and figures of the finished runs",
-}
+STUDY = Annotated[str, typer.Argument(metavar="STUDY.yaml", show_default=False, help="The study's specification.")]
+FOLDER = Annotated[str | None, typer.Option("--output_dir", help="The study's folder; default: runs/study-<name>.")]
+
+app = typer.Typer(help="Tune and run methods at several batch sizes.", rich_markup_mode=None)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for action, purpose in ACTIONS.items():
-        own = actions.add_parser(action, help=purpose, description=purpose, allow_abbrev=False)
-        own.add_argument("study", metavar="STUDY.yaml")
-        own.add_argument("--output_dir", help="the study's folder; default: runs/study-<name>")
-        if action == "run":
-            own.add_argument("--minutes", type=float, help="stop after this many minutes")
-            own.add_argument("--jobs", type=int, default=1, help="concurrent processes, one thread each")
+@app.command("run")
+def run(
+    context: typer.Context,
+    study: STUDY,
+    output_dir: FOLDER = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="Stop after this many minutes.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", help="Concurrent processes, one thread each.")] = 1,
+) -> int:
+    """Run what is left of a study; finished runs are kept.
 
-
-def run(known: argparse.Namespace, rest: list[str], command: str) -> int:
-    """Run the action."""
+    \b
+    Example:
+      hf-extrap study run configs/studies/example_digits.yaml --jobs 2
+    """
     with importing():
-        if known.action == "run":
-            from hf_extrap.lab.study.runner import run_study
+        from hf_extrap.lab.study.runner import run_study
 
-            return run_study(known.study, known.minutes, known.jobs, known.output_dir, command)
+    return run_study(study, minutes, jobs, output_dir, context.obj)
+
+
+@app.command("report")
+def report(context: typer.Context, study: STUDY, output_dir: FOLDER = None) -> int:
+    """Write tables and figures of the finished runs.
+
+    \b
+    Example:
+      hf-extrap study report configs/studies/example_digits.yaml
+    """
+    with importing():
         from hf_extrap.lab.study.report import report_study
-    report_study(known.study, known.output_dir, command)
+
+    report_study(study, output_dir, context.obj)
     return 0

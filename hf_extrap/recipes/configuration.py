@@ -67,6 +67,14 @@ class Configuration:
     given: dict[str, Any]
 
 
+class UnknownFieldError(ValueError):
+    """A word of the command line that names no field; `unknown_field` is that name, with underscores."""
+
+    def __init__(self, word: str, known: Sequence[str]) -> None:
+        self.unknown_field = _word_name(word)
+        super().__init__(f"unknown field --{self.unknown_field}{_closest(self.unknown_field, known)}.")
+
+
 class _Parser(HfArgumentParser):
     """HfArgumentParser that raises its errors."""
 
@@ -109,7 +117,7 @@ def resolve(config: str | Path | None, words: Sequence[str] = ()) -> Configurati
     for word in rest:
         if not word.startswith("--"):
             raise ValueError(f"unexpected word {word!r}: every value follows its --field.")
-        raise ValueError(f"unknown field --{_word_name(word)}{_closest(_word_name(word), known)}.")
+        raise UnknownFieldError(word, known)
     values = vars(namespace)
     names = {*merged, *(_word_name(word).removeprefix("no_") for word in words if word.startswith("--"))}
     given = {name: values[name] for name in sorted(names & set(values))} | {"task": task.name}
@@ -221,4 +229,4 @@ def _without_other_optimizer(fields: Mapping[str, Any], over: Mapping[str, Any])
 
 def _closest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else " (`hf-extrap train --help` lists all)"
+    return f" (did you mean {close[0]!r}?)" if close else " (`hf-extrap train --help_all` lists all)"

@@ -110,6 +110,12 @@ def load_splits(
     return found
 
 
+def split_files(folder: Path, name: str) -> list[tuple[Path, str]]:
+    """The files of a split in a folder, each with the builder of `datasets` that reads it."""
+    files = {folder / f"{name}.{ending}{gz}": reader for ending, reader in READERS.items() for gz in ("", ".gz")}
+    return [(path, reader) for path, reader in files.items() if path.is_file()]
+
+
 def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> DatasetDict:
     with extra("recipes"):
         import datasets
@@ -118,17 +124,16 @@ def _from_folder(folder: Path, cache_dir: Path, optional: Sequence[str]) -> Data
         raise FileNotFoundError(f"data_dir {str(folder)!r} is not a folder; allowed: one with {ALLOWED_NAMES}.")
     splits = datasets.DatasetDict()
     for name in SPLITS:
-        files = {folder / f"{name}.{ending}{gz}": reader for ending, reader in READERS.items() for gz in ("", ".gz")}
-        found = [path for path in files if path.is_file()]
+        found = split_files(folder, name)
         if not found and name in optional:
             continue
         if not found:
             raise FileNotFoundError(
                 f"data_dir {str(folder)!r} has no file for split {name!r}: it needs {ALLOWED_NAMES}."
             )
-        path, reader = found[0], files[found[0]]
+        path, reader = found[0]
         if len(found) > 1:
-            raise ValueError(f"data_dir {str(folder)!r} has both {path.name} and {found[1].name}; keep one of them.")
+            raise ValueError(f"data_dir {str(folder)!r} has both {path.name} and {found[1][0].name}; keep one of them.")
         if path.stat().st_size == 0:
             raise ValueError(f"{str(path)!r} is empty; allowed: at least one row.")
         splits[name] = _read_file(path, reader, cache_dir)

@@ -51,7 +51,8 @@ def run(
     Every process of a distributed launch calls this; the first one writes.
 
     `command` is recorded, by default that of this process; `print_logs` is for runs without a progress bar;
-    `stops_on_signals` lets SIGTERM and Ctrl-C end training with a checkpoint.
+    `stops_on_signals` lets SIGTERM and Ctrl-C end training with a checkpoint. A run that is to be resumed and has
+    finished with the same fields is left as it is.
 
     Returns:
         The content of metrics.json. A run stopped by `abort_factor` has no `eval` and no `test`.
@@ -82,8 +83,12 @@ def _run(
         with extra("recipes"):
             import matplotlib  # noqa: F401  (for the curves, at the end)
     resume = _resume(folder, arguments.resume_from_checkpoint)
-    resumed = check_exists(resume, folder.path)
+    # A finished run need not have kept a checkpoint.
+    finished = folder.is_finished and str(resume).lower() == "true"
+    resumed = finished or check_exists(resume, folder.path)
     folder.check(configuration.given, resume=resumed)
+    if resumed and folder.is_finished:
+        return folder.read_metrics()
     command = command or command_line(sys.argv[1:])
     first = arguments.process_index == 0
     # The first process writes after all have checked the folder.
@@ -98,7 +103,7 @@ def _run(
         deepspeed.init_distributed(auto_mpi_discovery=False)
     set_seed(arguments.seed)
     prepared = configuration.task.prepare(configuration.task_arguments, arguments)
-    _check_size(configuration, prepared)
+    check_size(configuration, prepared)
     recorder = RunRecorder(folder)
     trainer = make_trainer(configuration, prepared)
     _check_precision(trainer, prepared.model)
@@ -198,7 +203,7 @@ def make_trainer(configuration: Configuration, prepared: PreparedTask) -> Extrap
     return trainer
 
 
-def _check_size(configuration: Configuration, prepared: PreparedTask) -> None:
+def check_size(configuration: Configuration, prepared: PreparedTask) -> None:
     """Refuse training data that do not fill one global batch: a worker would have none of it."""
     arguments, found = configuration.training_arguments, len(prepared.train_dataset)  # type: ignore[arg-type]
     factors = (arguments.train_batch_size, arguments.gradient_accumulation_steps, arguments.world_size)
@@ -221,7 +226,8 @@ def _check_precision(trainer: Trainer, model: PreTrainedModel) -> None:
 
 def _resume(folder: RunFolder, resume: str | None) -> str | None:
     """The given value; a job that torchrun has restarted resumes by itself, or starts anew if it has saved nothing."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and folder.last_checkpoint() is not None:
+    saved = folder.is_finished or folder.last_checkpoint() is not None
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and saved:
         return "true"
     return resume
 

@@ -82,7 +82,7 @@ class RunFolder:
     def check(self, arguments: Mapping[str, Any], resume: bool) -> None:
         """Raise a ValueError unless a run with these resolved fields may write to the folder.
 
-        It may not if the folder has other files, another or a finished run, or, without `resume`, checkpoints. A run
+        It may not if the folder has other files, another run, or, without `resume`, checkpoints or a finished run. One
         that failed before it logged, saved or finished anything does not count: the next one replaces its run.json.
         """
         if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
@@ -101,7 +101,7 @@ class RunFolder:
         for name in different_fields(recorded, given):
             values = f"{recorded.get(name)!r}, not {given.get(name)!r}"
             raise ValueError(f"{holds} another run: its {name} is {values}; {instead}")
-        if self.is_finished:
+        if self.is_finished and not resume:
             raise ValueError(f"{holds} this run, finished; {instead}")
         if not resume and (last := self.last_checkpoint()):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from hf_extrap.cli import check_launch, main
+from hf_extrap.cli import main
+from hf_extrap.cli.doctor import machine
 from hf_extrap.recipes.configuration import check_processes, resolve, to_words
 
 ErrorOf = Callable[..., str]
@@ -33,10 +35,12 @@ def heavy_modules_of(code: str) -> set[str]:
 PRESET = "import hf_extrap; hf_extrap.ExtrapConfig.preset('extrap')"
 
 
-@pytest.mark.parametrize("command", ["", "compare", "sharpness", "study", "study run", "study report", "doctor", None])
+@pytest.mark.parametrize(
+    "command", ["", "init", "compare", "sharpness", "bench", "study", "study run", "study report", "doctor", None]
+)
 def test_configurations_and_help_import_nothing_heavy(command: str | None) -> None:
     words = [*(command or "").split(), "--help"]
-    code = f"from hf_extrap.cli import main\ntry: main({words!r})\nexcept SystemExit as end: assert end.code == 0"
+    code = f"from hf_extrap.cli import main\nassert main({words!r}) == 0"
     assert heavy_modules_of(PRESET if command is None else code) == set()
 
 
@@ -54,18 +58,78 @@ def test_imports_without_garbage_collection_and_without_figures() -> None:
     assert {"torch", "transformers"} <= imported and "matplotlib" not in imported
 
 
-def test_train_help_and_doctor(capsys: pytest.CaptureFixture[str], error_of: ErrorOf) -> None:
-    assert main(["train", "--task", "translation", "--help"]) == 0
+COMMANDS = tuple("init train generate predict compare sharpness bench doctor".split()) + ("study run", "study report")
+
+
+@pytest.mark.parametrize("command", ["", "study", *COMMANDS])
+def test_help_fits_a_screen_and_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"--{name}" in shown for name in ("vocab_size", "extrap_step_ratio", "learning_rate", "max_steps"))
-    assert "doctor takes no '--fast'" in error_of("doctor", "--fast")
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 120
+    if command == "train":
+        # The fields of the task and of the extrapolation, one line each.
+        names = ("--task ", "--seq_len ", "--extrap_step_ratio ", "--lr_scaling ", "--learning_rate ", "--help_all ")
+        assert all(sum(line.startswith(f"  {name}") for line in lines) == 1 for name in names) and len(lines) < 115
+        assert "--num_beams" not in shown and "--fp16 " not in shown
+    else:
+        assert 8 <= len(lines) <= 40
+    if command in COMMANDS:
+        (start,) = [index for index, line in enumerate(lines) if line.strip() in ("Example:", "Examples:")]
+        assert lines[start + 1].strip().startswith(f"hf-extrap {command} ")
+
+
+def test_train_help_is_of_the_task_and_has_every_field_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--task", "translation", "--help"]) == 0
+    assert "--num_beams " in capsys.readouterr().out
+    assert main(["train", "--task", "translation", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in ("vocab_size", "extrap_step_ratio", "fp16", "max_steps"))
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    for typed, completed in (("hf-extrap s", {"study", "sharpness"}), ("hf-extrap bench --ro", {"--rounds"})):
+        environment = {"_HF_EXTRAP_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+        environment["COMP_CWORD"] = str(len(typed.split()) - 1)
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_extrap"], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert set(done.stdout.split()) == completed, done.stderr
+    environment = {**os.environ, "_HF_EXTRAP_COMPLETE": "source_bash"}
+    script = subprocess.run([sys.executable, "-m", "hf_extrap"], env=environment, capture_output=True, text=True).stdout
+    assert "complete -o default -F" in script and "hf-extrap" in script
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "no command is given; `hf-extrap --help` lists them."),
+        ("trian", "no such command 'trian' (did you mean 'train'?)."),
+        ("study rn x", "no such command 'rn' (did you mean 'run'?)."),
+        ("bench --round 3", "no such option: --round (did you mean --rounds?)."),
+        ("bench --rounds x", "invalid value for '--rounds'"),
+        ("bench three", "got unexpected extra argument(s) (three)."),
+        ("train --dryrun", "unknown option --dryrun (did you mean --dry_run?)."),
+        ("compare --pressets none", "unknown option --pressets (did you mean --presets?)."),
+        ("train --learning_rat 1", "unknown field --learning_rat (did you mean 'learning_rate'?)."),
+        ("train --task translatoin", "(did you mean 'translation'?)."),
+        ("train --extrap past-updat", "(did you mean 'past-update'?)."),
+        ("train --extrap_scope locl", "(did you mean 'local'?)."),
+        ("train --optim adamw_torhc", "--optim: invalid choice: 'adamw_torhc' (did you mean 'adamw_torch'?)."),
+        ("train --base_optimizer adamww", "(did you mean 'adamw'?)."),
+        ("sharpness", "sharpness needs the folder of a run"),
+    ],
+)
+def test_mistyped_words_suggest_the_nearest(words: str, sentence: str, error_of: ErrorOf) -> None:
+    error = error_of(*words.split())
+    assert sentence in error and len(error) < 250
 
 
 @pytest.mark.parametrize(
     ("command", "words", "sentence"),
     [
         ("train", "--extrapp sam", "unknown field --extrapp (did you mean 'extrap'?)"),
-        ("train", "--xyzzyq 1", "unknown field --xyzzyq (`hf-extrap train --help` lists all)"),
+        ("train", "--xyzzyq 1", "unknown field --xyzzyq (`hf-extrap train --help_all` lists all)"),
         ("train", "--extrap extrapolate", "extrap preset is 'extrapolate'; allowed: none, extrap, extrap-past"),
         ("train", "--extrap_scope galactic", "--extrap_scope: invalid choice: 'galactic'"),
         ("train", "--learning_rate fast", "--learning_rate: invalid float value: 'fast'"),
@@ -158,9 +222,9 @@ def test_errors_of_files_and_processes_are_one_sentence(
         (yaml.YAMLError("a tab in line 3"), "a tab in line 3."),
         (full_disk, f"a file cannot be written, as on a full disk: {full_disk}."),
     ):
-        monkeypatch.setattr(check_launch, "run", Mock(side_effect=error))
+        monkeypatch.setattr(machine, "this_machine", Mock(side_effect=error))
         assert error_of("doctor") == sentence
-    monkeypatch.setattr(check_launch, "run", Mock(side_effect=KeyError("a defect of the program")))
+    monkeypatch.setattr(machine, "this_machine", Mock(side_effect=KeyError("a defect of the program")))
     with pytest.raises(KeyError):
         main(["doctor"])
     arguments = resolve(tiny_language_model).training_arguments

@@ -13,20 +13,9 @@ import torch
 from torch import nn
 
 from hf_extrap import ExtrapConfig, Extrapolated
+from hf_extrap.lab.cost import FLOAT32, PRESETS, Collective, communication, memory, sent
 from hf_extrap.lab.counting import held_bytes
-from hf_extrap.lab.scale import (
-    FLOAT32,
-    PRESETS,
-    Collective,
-    communication,
-    draw,
-    line,
-    measure,
-    memory,
-    plan_tables,
-    sent,
-    simulation_tables,
-)
+from hf_extrap.lab.scale import draw, line, measure, plan_tables, simulation_tables
 from tests.support import scale_problem
 
 PARAMETERS = 6 * 8 + 8 + 8 * 4 + 4

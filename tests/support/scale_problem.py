@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap import ExtrapConfig, Extrapolated
+from hf_extrap.lab.cost import PRESETS
 from hf_extrap.lab.counting import CollectiveCounter
-from hf_extrap.lab.scale import PRESETS
 
 
 def count_step(engine: str, preset: str) -> CollectiveCounter:

@@ -107,8 +107,8 @@ class ImageClassificationTask:
         augmentation = arguments.augmentation
         if augmentation and augmentation.crop >= min(height, width):
             raise ValueError(
-                f"`random_crop` is {augmentation.crop}; allowed: less than the images' {height} x {width} pixels, since "
-                "a crop would hold nothing but padding."
+                f"`random_crop` is {augmentation.crop}; allowed: less than the images' {height} x {width} pixels, or a "
+                "crop would hold nothing but padding."
             )
         return PreparedTask(
             model=model,

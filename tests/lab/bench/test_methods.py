@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_extrap.lab.bench.methods import EXTRA_ALL_REDUCES, METHODS, make
 from hf_extrap.lab.bench.workloads import Made, Workload
+from hf_extrap.lab.cost import PRESETS as PLANNED
+from hf_extrap.lab.cost import communication
 from hf_extrap.lab.counting import CollectiveCounter
-from hf_extrap.lab.scale import PRESETS as PLANNED
-from hf_extrap.lab.scale import communication
 
 CPU = torch.device("cpu")
 PEERS = {"pytorch_optimizer SAM": "pytorch_optimizer", "cooper extragradient": "cooper", "schedulefree": "schedulefree"}
