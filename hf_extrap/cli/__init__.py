@@ -19,6 +19,7 @@ from .compare import compare
 from .errors import sentence_of
 from .sharpness import sharpness
 from .train import train
+from .watch import watch
 
 PROGRAM = "hf-extrap"
 #: Typer takes words that it does not know for arguments, in their order: a path, and the fields of a configuration.
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("train", context_settings=FIELDS, add_help_option=False)(train)
 app.command("compare", context_settings=FIELDS)(compare)
 app.add_typer(study.app, name="study")
+app.command("watch")(watch)
 app.command("sharpness", context_settings=FIELDS)(sharpness)
 app.command("bench")(bench)
 app.command("doctor")(doctor)

@@ -22,9 +22,7 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Interleaved steps of each method.")] = 20,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Begin no step after this many minutes.")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; default: a GPU if there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: a GPU if there is one.")] = None,
     output_dir: Annotated[
         str, typer.Option("--output_dir", help="Folder to write to, and to continue from.")
     ] = "runs/bench",

@@ -20,9 +20,7 @@ def compare(
     learning_rates: Annotated[
         str | None, typer.Option("--learning_rates", help="Separated by commas; default: the configuration's.")
     ] = None,
-    target: Annotated[
-        float | None, typer.Option("--target", help="Value of the metric to count the steps to.")
-    ] = None,
+    target: Annotated[float | None, typer.Option("--target", help="Value of the metric to count the steps to.")] = None,
     output_dir: Annotated[
         str | None, typer.Option("--output_dir", help="Folder for all runs; default: runs/compare-<config>.")
     ] = None,

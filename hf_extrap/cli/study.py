@@ -9,9 +9,7 @@ import typer
 from .imports import importing
 
 STUDY = Annotated[str, typer.Argument(metavar="STUDY.yaml", show_default=False, help="The study's specification.")]
-FOLDER = Annotated[
-    str | None, typer.Option("--output_dir", help="The study's folder; default: runs/study-<name>.")
-]
+FOLDER = Annotated[str | None, typer.Option("--output_dir", help="The study's folder; default: runs/study-<name>.")]
 
 app = typer.Typer(help="Tune and run methods at several batch sizes.", rich_markup_mode=None)
 

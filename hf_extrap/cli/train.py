@@ -17,7 +17,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry_run", help="Print the configuration and what it costs; write nothing.")
     ] = False,
-    help_: Annotated[bool, typer.Option("--help", "-h", help="Show this message; --task NAME chooses the task.")] = False,
+    help_: Annotated[
+        bool, typer.Option("--help", "-h", help="Show this message; --task NAME chooses the task.")
+    ] = False,
     help_all: Annotated[bool, typer.Option("--help_all", help="List every field, also the Trainer's.")] = False,
 ) -> int:
     """Train one model.
