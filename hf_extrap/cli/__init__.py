@@ -22,6 +22,7 @@ from .init import init
 from .predict import predict
 from .sharpness import sharpness
 from .train import train
+from .watch import watch
 
 PROGRAM = "hf-extrap"
 #: Typer takes words that it does not know for arguments, in their order: a path, and the fields of a configuration.
@@ -44,6 +45,7 @@ app.command("generate")(generate)
 app.command("predict")(predict)
 app.command("compare", context_settings=FIELDS)(compare)
 app.add_typer(study.app, name="study")
+app.command("watch")(watch)
 app.command("sharpness", context_settings=FIELDS)(sharpness)
 app.command("bench")(bench)
 app.command("doctor")(doctor)

@@ -13,8 +13,11 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from hf_extrap.optim.sharding import is_sharded
-from hf_extrap.recipes.run_folder import RunFolder
+from hf_extrap.recipes.run_folder import HISTORY_FILE, RunFolder
 from hf_extrap.training.figures import spoken
+
+#: Steps per second, without evaluations and saving, since the last logged row.
+RATE = "steps_per_second"
 
 
 def parameter_checksum(model: nn.Module) -> str:
@@ -49,6 +52,10 @@ class RunRecorder(TrainerCallback):
         self.waits: list[float] = []
         self._began: float | None = None
         self._ended: float | None = None
+        self._unlogged: list[float] = []
+        # A resumed run keeps the rates of the steps before its checkpoint.
+        known = folder.read_history() if (folder.path / HISTORY_FILE).is_file() else []
+        self._rates: dict[int, float] = {row["step"]: row[RATE] for row in known if RATE in row}
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -71,6 +78,8 @@ class RunRecorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = time.perf_counter()
+        if self._began is not None:
+            self._unlogged.append(self._ended - self._began)
         if self._began is not None and (control.should_training_stop or state.global_step >= state.max_steps):
             self.intervals.append(self._ended - self._began)
 
@@ -81,8 +90,19 @@ class RunRecorder(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = None
+        if self._unlogged:
+            self._rates[state.global_step] = len(self._unlogged) / sum(self._unlogged)
+            self._unlogged.clear()
         if state.is_world_process_zero:
-            self.folder.write_history(state.log_history)
+            self.folder.write_history(self.history(state))
+
+    def history(self, state: TrainerState) -> list[dict[str, Any]]:
+        """The logged rows, those of training with their steps per second."""
+        rates = self._rates
+        return [
+            {**row, RATE: rates[row["step"]]} if "loss" in row and row["step"] in rates else row
+            for row in state.log_history
+        ]
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ended = None

@@ -169,7 +169,7 @@ def _run(
         "command": command,
     }
     if first:
-        folder.write_history(trainer.state.log_history)
+        folder.write_history(recorder.history(trainer.state))
         if configuration.run.save_model:
             title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
             drawn = draw_curves(folder.read_history(), prepared.metric, folder.path / CURVES_FILE, title)

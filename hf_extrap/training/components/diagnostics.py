@@ -125,6 +125,7 @@ class Diagnostics(Component):
             small = trainer.args.train_batch_size * trainer.batch_size_unit
             self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
             logs["extrap/gradient_noise_scale"] = self._noise_scale.value
+            logs["extrap/batch_size"] = workers * small
         return logs
 
     def _warn_of_no_effect(self, share: float) -> None:

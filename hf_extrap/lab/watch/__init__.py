@@ -1,0 +1,1 @@
+"""A local page with the curves of finished and running runs."""
