@@ -35,7 +35,9 @@ def heavy_modules_of(code: str) -> set[str]:
 PRESET = "import hf_extrap; hf_extrap.ExtrapConfig.preset('extrap')"
 
 
-@pytest.mark.parametrize("command", ["", "init", "compare", "sharpness", "bench", "study", "study run", "study report", "doctor", None])
+@pytest.mark.parametrize(
+    "command", ["", "init", "compare", "sharpness", "bench", "study", "study run", "study report", "doctor", None]
+)
 def test_configurations_and_help_import_nothing_heavy(command: str | None) -> None:
     words = [*(command or "").split(), "--help"]
     code = f"from hf_extrap.cli import main\nassert main({words!r}) == 0"
