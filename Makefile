@@ -92,7 +92,7 @@ audit: .venv/installed-lint
 .venv-oldest/installed: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt \
-	    --editable . datasets hypothesis pytest
+	    --editable '.[optimizers,sharpness]' datasets hypothesis pytest
 	touch $@
 
 clean:

@@ -93,7 +93,9 @@ def test_which_folders_are_accepted(tmp_path: Path) -> None:
     folder.check({"seed": 1, "resume_from_checkpoint": "true"}, resume=True)
     folder.write_metrics({"status": "finished"})
     with pytest.raises(ValueError, match="holds this run, finished"):
-        folder.check({"seed": 1}, resume=True)
+        folder.check({"seed": 1}, resume=False)
+    # A finished run is left as it is when it is resumed.
+    folder.check({"seed": 1}, resume=True)
 
 
 def test_a_folder_is_locked_while_its_launch_lives(tmp_path: Path) -> None:
