@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,7 +90,8 @@ def _adapters(folder: Path) -> dict[str, Path]:
 def _check_adapters(folder: Path, adapters: Mapping[str, Path], model: nn.Module) -> None:
     from peft import get_peft_model_state_dict
 
-    known, tensors = model.peft_config, model.state_dict()
+    known: Any = model.peft_config
+    tensors = model.state_dict()
     # As the stock Trainer loads them.
     first = "default" if len(adapters) > 1 or "" not in adapters else getattr(model, "active_adapters", ["default"])[0]
     for name, path in adapters.items():
