@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.reference import extrapolate
@@ -241,6 +242,11 @@ class Lomo(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("preset", ["none", "extrap-past"])
-def test_optimizers_that_step_inside_the_backward_pass_are_refused(preset: str) -> None:
-    with pytest.raises(ValueError, match=r"^base is Lomo, which steps inside the backward pass; allowed: Lomo without"):
-        Extrapolated(Lomo([nn.Parameter(torch.ones(2))]), ExtrapConfig.preset(preset))
+@pytest.mark.parametrize(
+    "base", [Lomo([nn.Parameter(torch.ones(2))]), LayerWiseDummyOptimizer(lr=0.1)], ids=lambda base: type(base).__name__
+)
+def test_optimizers_that_step_inside_the_backward_pass_are_refused(base: torch.optim.Optimizer, preset: str) -> None:
+    name = type(base).__name__
+    message = f"^base is {name}, which steps inside the backward pass; allowed: {name} without Extrapolated.$"
+    with pytest.raises(ValueError, match=message):
+        Extrapolated(base, ExtrapConfig.preset(preset))
