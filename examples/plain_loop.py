@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import chain, repeat
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_extrap import ExtrapConfig, Extrapolated
 from hf_extrap.optim.distributed import let_gloo_finish
+from hf_extrap.training.accelerate_state import register_directions
 
 CONTEXT = 16
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--preset", default="extrap")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=512, help="batch size per process")
+    parser.add_argument("--state", default="", help="folder: begin with its state if it exists, and save it at the end")
     arguments = parser.parse_args()
 
     # Without `cpu=True`, processes without an accelerator would not form a process group.
@@ -50,6 +53,9 @@ def main() -> None:
         model, Extrapolated(base, ExtrapConfig.preset(arguments.preset)), loader
     )
     extrapolated = optimizer.optimizer  # inside Accelerate's wrapper
+    register_directions(accelerator, optimizer)  # save_state keeps those of every process
+    if arguments.state and Path(arguments.state).is_dir():
+        accelerator.load_state(arguments.state)
 
     first = last = float("nan")
     for step, (inputs, targets) in zip(range(arguments.steps), chain.from_iterable(repeat(loader)), strict=False):
@@ -63,6 +69,8 @@ def main() -> None:
         optimizer.zero_grad()
         last = accelerator.reduce(loss.detach(), "mean").item()
         first = last if step == 0 else first
+    if arguments.state:
+        accelerator.save_state(arguments.state)
     accelerator.print(f"loss at y, step 1: {first:.3f}, step {arguments.steps}: {last:.3f}")
     let_gloo_finish()
     accelerator.end_training()

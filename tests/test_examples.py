@@ -33,10 +33,14 @@ def run_here(
     return run
 
 
-def test_the_plain_loop(run_here: Callable[..., list[float]]) -> None:
-    first, last = run_here("plain_loop.py", "--steps", "30")
+def test_the_plain_loop(run_here: Callable[..., list[float]], tmp_path: Path) -> None:
+    words = ("--steps", "30", "--state", str(tmp_path / "state"))
+    first, last = run_here("plain_loop.py", *words)
     # A uniform guess among 256 bytes has a loss of 5.5.
     assert 5 < first < 6 and last < first - 1
+    # Again, from the saved state.
+    first, _ = run_here("plain_loop.py", *words)
+    assert first < last + 0.5
 
 
 @pytest.mark.distributed

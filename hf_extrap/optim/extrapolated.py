@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from . import state
 from .buffers import Buffers
 from .config import ExtrapConfig
 from .displacement import ABANDONED
 from .engine_steps import EngineSteps, step_part
-from .engines import Engine, check_arguments, check_known, check_params, check_scheme, engine_of
+from .engines import Engine, check_arguments, check_known, check_params, check_scheme, engine_of, needs_closure
 from .foreach import is_finite
 from .loss_scale import LossScale
 from .probing import evaluate, fresh_gradient, scaled
@@ -203,7 +203,7 @@ class Extrapolated(OptimizerWrapper):
         if self.engine.steps_inside:
             return step_part(self)
         observes = self.collect_statistics or self.scheme.hooks.seen
-        if isinstance(self.base, LBFGS) or (self.config.direction == "none" and not observes):
+        if needs_closure(self.base) or (self.config.direction == "none" and not observes):
             # LBFGS evaluates its closure many times a step: there is no gradient of the step to observe.
             self.scheme.hooks.forget()
             self.train_base()
@@ -280,8 +280,8 @@ class Extrapolated(OptimizerWrapper):
         check_params(self._params(), self.config)
 
     # Saving
-    state_dict = state.state_dict
-    load_state_dict = state.load_state_dict
+    _whole_state = state.whole_state
+    _load_whole_state = state.load_whole_state
     local_state_dict = state.local_state_dict
     load_local_state_dict = state.load_local_state_dict
 

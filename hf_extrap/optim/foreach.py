@@ -29,6 +29,7 @@ def norms(tensors: Sequence[Tensor], like: Sequence[Tensor] = ()) -> Tensor:
     Returns:
         (len(tensors),), float64 where any dtype is float64, else float32.
     """
+    tensors = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     tensors = [torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t for t in tensors]
     wide = torch.float64 if torch.float64 in {t.dtype for t in (*tensors, *like)} else torch.float32
     large = {i for i, t in enumerate(tensors) if t.numel() >= _LARGE and t.dtype == wide and _is_plain_vector(t)}

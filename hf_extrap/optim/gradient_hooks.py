@@ -28,6 +28,7 @@ class GradientHooks:
         listening: whether gradients belong to a step in progress.
         seen: whether the step in progress has any gradient.
         is_aside: whether a pass inside `aside` is in progress.
+        takes_sparse: whether gradients may be sparse, since none of them is a direction.
         pass_squares: ‖gradient‖² of every pass, 0-dim each, while statistics are collected; else None.
     """
 
@@ -35,6 +36,7 @@ class GradientHooks:
         self.listening = False
         self.seen = False
         self.is_aside = False
+        self.takes_sparse = False
         self.pass_squares: list[Tensor] | None = None
         self._pool = pool
         self._handles: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
@@ -121,7 +123,7 @@ class GradientHooks:
         self.seen = True
         if grad.requires_grad:
             grad = grad.detach()
-        if grad.layout is not torch.strided:
+        if grad.layout is not torch.strided and not self.takes_sparse:
             raise RuntimeError("extrapolation needs dense gradients: build the embedding with sparse=False.")
         if self.pass_squares is not None:
             self._note_square(grad, self.pass_squares)
@@ -153,7 +155,8 @@ class GradientHooks:
 
     def _note_square(self, grad: Tensor, squares: list[Tensor]) -> None:
         wide = torch.promote_types(grad.dtype, torch.float32)
-        square = torch.linalg.vector_norm(grad, dtype=wide).square()
+        values = grad.coalesce().values() if grad.is_sparse else grad
+        square = torch.linalg.vector_norm(values, dtype=wide).square()
         if not self._pass_started:
             squares.append(square)
             self._pass_started = True

@@ -75,14 +75,10 @@ class LocalSGD(OptimizerWrapper):
         """Clear the gradients."""
         self.base.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, which is the first worker's; `local_state_dict` has the others'."""
-        return self.base.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; local steps end until `start` or `load_local_state_dict`."""
+    def _load_whole_state(self, state_dict: dict[str, Any]) -> None:
+        """Local steps end until `start` or `load_local_state_dict`."""
         self.stop()
-        self.base.load_state_dict(state_dict)
+        super()._load_whole_state(state_dict)
 
     # Local steps
 

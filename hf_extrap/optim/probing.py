@@ -91,3 +91,16 @@ def evaluate(optimizer: ExtrapolatedOptimizer, closure: Callable[[], Any]) -> An
             closure()
     optimizer.train()
     return closure()
+
+
+@contextmanager
+def pass_at_y(optimizer: ExtrapolatedOptimizer, worker: int) -> Iterator[None]:
+    """A worker's passes inside are at its y, and x is put back; after an error, such as one of memory, for good."""
+    try:
+        optimizer.train(worker)
+        yield
+    except BaseException:
+        optimizer.restore(keep=False)
+        optimizer.reset_step()
+        raise
+    optimizer.restore()

@@ -46,6 +46,7 @@ class Scheme:
         self.displacement = Displacement(engine, self._pool, config.swap, config.seed)
         self.last_step = LastStep(engine, self._pool)
         self.hooks = engine.hooks(self._pool)
+        self.hooks.takes_sparse = not config.moves
         self.local_gradients = LocalGradients(self.hooks, gradients, self.direction.dtype)
         self._config = config
         self._engine = engine

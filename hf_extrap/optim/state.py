@@ -16,7 +16,7 @@ from .sharding import held
 logger = logging.getLogger(__name__)
 
 
-def state_dict(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
+def whole_state(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     """The base optimizer's state dict, and under `extrap` what the wrapper adds: tensors and numbers only.
 
     Directions that differ between processes are not in it: each process saves its own `local_state_dict`.
@@ -25,8 +25,8 @@ def state_dict(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     return {**optimizer.base.state_dict(), "extrap": shared_state(optimizer)}
 
 
-def load_state_dict(optimizer: ExtrapolatedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Load what `state_dict` returned, or the base optimizer's state alone, with which directions start cold.
+def load_whole_state(optimizer: ExtrapolatedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load what `whole_state` returned, or the base optimizer's state alone, with which directions start cold.
 
     Raises:
         ValueError: for a state of another model or a malformed one, before anything is loaded.

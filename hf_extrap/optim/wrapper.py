@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -11,11 +13,18 @@ from torch.optim import Optimizer
 class OptimizerWrapper(Optimizer):
     """Reads and replaces the base optimizer's own groups, state and defaults.
 
+    Hooks that are registered here are called once: those of `step`, of `state_dict` and of `load_state_dict` around the
+    whole call. Hooks of the base optimizer, and torch's for all optimizers, are called around the base's own step.
+
     Attributes:
         base: the wrapped optimizer. A subclass sets it, and then calls `_initialize`.
     """
 
     base: Optimizer
+
+    def __init_subclass__(cls) -> None:
+        if "step" in vars(cls):
+            setattr(cls, "step", _with_hooks(vars(cls)["step"]))  # noqa: B010, mypy takes no method for a variable
 
     def _initialize(self) -> None:
         """Set up the hooks of a torch optimizer; `Optimizer.__init__` would make other groups."""
@@ -61,6 +70,36 @@ class OptimizerWrapper(Optimizer):
             self.param_groups.pop()
             raise
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state to be saved; tensors are not copied."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = self._whole_state()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or the base optimizer's state alone.
+
+        Raises:
+            ValueError: for a state of another model or a malformed one, before anything is loaded.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._load_whole_state(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _whole_state(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def _load_whole_state(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
+
     def train_base(self) -> None:
         """Put a base optimizer that has modes, such as a schedule-free one, into its training mode."""
         if hasattr(self.base, "train"):
@@ -74,3 +113,21 @@ class OptimizerWrapper(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step between the optimizer's own hooks; torch's decorator would call those for all optimizers a second time."""
+
+    @wraps(step)
+    def call(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        words: tuple[Any, ...] = (self, *args)
+        for before in self._optimizer_step_pre_hooks.values():
+            changed = before(self, words, kwargs)
+            words, kwargs = (words, kwargs) if changed is None else changed
+        result = step(*words, **kwargs)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, words, kwargs)
+        return result
+
+    call.hooked = True  # type: ignore[attr-defined]
+    return call

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from hf_extrap.optim.config import ExtrapConfig
+from hf_extrap.optim.engines import steps_in_backward
+from hf_extrap.optim.extrapolated import Extrapolated
+from hf_extrap.optim.local_sgd import LocalSGD
+
 from .extras import extra
 
 logger = logging.getLogger(__name__)
@@ -21,6 +26,61 @@ logger = logging.getLogger(__name__)
 _NOT_IN_A_LOOP = {"optimizer", "lbfgs", "sparseadam"}
 # By default the library's LAMB multiplies its normalised step by 1 / (1 - beta1^t): 10 times too long at first.
 _AS_IN_THE_PAPER = {"lamb": {"adam_debias": True}}
+
+
+def scheme_of(args: Any, optimizer: torch.optim.Optimizer | None) -> ExtrapConfig:
+    """The scheme of the arguments, or that of an `Extrapolated` which a user has made.
+
+    Raises:
+        ValueError: both are given, or they differ in the number of virtual workers.
+    """
+    config: ExtrapConfig = args.extrap_config()
+    if not isinstance(optimizer, Extrapolated):
+        return config
+    if config.direction != "none":
+        raise ValueError(
+            f"extrap is {args.extrap!r} and optimizers holds an Extrapolated already; allowed: one of them, extrap "
+            "'none' beside an Extrapolated or another optimizer beside a preset."
+        )
+    if optimizer.virtual_workers != args.extrap_virtual_workers:
+        raise ValueError(
+            f"extrap_virtual_workers is {args.extrap_virtual_workers} and optimizers holds an Extrapolated of "
+            f"{optimizer.virtual_workers}; allowed: the same number."
+        )
+    return optimizer.config
+
+
+def wrapped(base: torch.optim.Optimizer, config: ExtrapConfig, args: Any, scaler: Any) -> torch.optim.Optimizer:
+    """The optimizer inside `Extrapolated`, with local steps if `local_steps` asks for them.
+
+    A user's own `Extrapolated` is taken as it is. With `none`, one that steps inside the backward pass (LOMO,
+    layer-wise GaLore) stays bare: accelerate knows it by its class.
+
+    Raises:
+        ValueError: an optimizer that cannot be extrapolated.
+    """
+    if isinstance(base, Extrapolated):
+        base.grad_scaler = base.grad_scaler or scaler
+        base.reset_step()
+        return base
+    if config.direction == "none" and steps_in_backward(base):
+        return base
+    workers = args.extrap_virtual_workers
+    if args.local_steps > 1:
+        base = LocalSGD(base, args.local_steps, virtual_workers=workers)
+    return Extrapolated(base, config, virtual_workers=workers, grad_scaler=scaler)
+
+
+def class_and_arguments(
+    args: Any, stock: Callable[..., tuple[Any, dict[str, Any]]], model: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The class that `base_optimizer` names, or the stock choice, with momentum for `optim: sgd`."""
+    if getattr(args, "base_optimizer", None) is not None:
+        return base_optimizer(args, args.base_optimizer)
+    optimizer_class, kwargs = stock(args, model)
+    if getattr(args, "sgd_momentum", 0):
+        kwargs |= {"momentum": args.sgd_momentum, "nesterov": args.sgd_nesterov}
+    return optimizer_class, kwargs
 
 
 def base_optimizer(args: TrainingArguments, name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -22,6 +22,10 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
     common = {**engines, "fp16 is true": args.fp16, **loss_func}
     if config.direction != "none":
         _check_engine(trainer)
+    scales = f"lr_scaling is {args.lr_scaling!r}"
+    finds = {"auto_find_batch_size is true": args.lr_scaling != "none" and args.auto_find_batch_size}
+    _refuse(scales, finds, "one of them, since the learning rate is that of the first batch size tried")
+    _check_embeddings(args, trainer.model)
     if args.batch_workers:
         _refuse(
             "batch_workers is true",
@@ -58,6 +62,16 @@ def check_requirements(trainer: ExtrapTrainerMixin) -> None:
         )
     if args.sharpness_batches:
         _refuse(f"sharpness_batches is {args.sharpness_batches}", engines, "one process or DDP, or sharpness_batches 0")
+
+
+def _check_embeddings(args: Any, model: Any) -> None:
+    if args.neftune_noise_alpha is None or not hasattr(model, "get_input_embeddings"):
+        return
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        without = {f"the model is a {type(model).__name__}, which has no input embeddings": True}
+        _refuse(f"neftune_noise_alpha is {args.neftune_noise_alpha}", without, "a language model, or none")
 
 
 def check_deepspeed_runs(model: nn.Module) -> None:

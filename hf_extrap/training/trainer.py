@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from hf_extrap.optim.extrapolated import Extrapolated
-from hf_extrap.optim.local_sgd import LocalSGD
+from hf_extrap.optim.probing import pass_at_y
 from hf_extrap.optim.random import generator_for
 
 from .arguments import ExtrapArguments, ExtrapTrainingArguments
@@ -40,7 +41,7 @@ from .figures import CURVES_FILE, draw_curves
 from .loss_scaling import uses_num_items
 from .markdown import one_line
 from .model_card import complete_card
-from .optimizers import base_optimizer, scale_learning_rate, step_decay
+from .optimizers import class_and_arguments, scale_learning_rate, scheme_of, step_decay, wrapped
 from .requirements import check_deepspeed_runs, check_requirements
 
 if TYPE_CHECKING:
@@ -85,12 +86,8 @@ class ExtrapTrainerMixin(TrainerBase):
             )
         self.batch_size_unit = 1.0
         self.augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
-        self.extrap_config = self.args.extrap_config()
-        check_requirements(self)
-        if self.extrap_config.direction != "none":
-            # A worker's gradient is that of its own mean loss, so that its scale is known.
-            self.model_accepts_loss_kwargs = False
-        self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
+        self._uses_num_items: bool = self.model_accepts_loss_kwargs
+        self._configure()
         self._micro_batch = 0
         self._writer = CheckpointWriter(self)
         self.local_sgd = LocalSteps(self)
@@ -104,6 +101,19 @@ class ExtrapTrainerMixin(TrainerBase):
         first: list[Component] = [self.local_sgd, self.carried, self._batch_norm, self.sharpness]
         self._components = [*first, self._fresh, self._running_loss, Diagnostics(self), Directions(self)]
         self.add_callback(SkippedStepsLimit(self))
+
+    def _configure(self) -> None:
+        """Take the scheme from the arguments, at first and for each trial of `hyperparameter_search`."""
+        self.extrap_config = scheme_of(self.args, self.optimizer)
+        check_requirements(self)
+        # A worker's gradient is that of its own mean loss, so that its scale is known.
+        self.model_accepts_loss_kwargs = self._uses_num_items and self.extrap_config.direction == "none"
+        self._loss_kwargs_checked = not self.model_accepts_loss_kwargs
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.hp_search_backend is not None and trial is not None:
+            self._configure()
 
     @property
     def extrapolated(self) -> Extrapolated | None:
@@ -148,24 +158,15 @@ class ExtrapTrainerMixin(TrainerBase):
         if ours:
             batch_size = self.get_total_train_batch_size(args) * self.batch_size_unit
             scale_learning_rate(optimizer, args.lr_scaling, batch_size, args.base_batch_size)
-        if not isinstance(optimizer, AcceleratedOptimizer) and self.extrapolated is None:
-            workers = args.extrap_virtual_workers
-            if args.local_steps > 1:
-                optimizer = LocalSGD(optimizer, args.local_steps, virtual_workers=workers)
-            self.optimizer = optimizer = self._client_optimizer = Extrapolated(
-                optimizer, self.extrap_config, virtual_workers=workers, grad_scaler=self.accelerator.scaler
-            )
+        if not isinstance(optimizer, AcceleratedOptimizer) and self.extrapolated in (None, optimizer):
+            self.optimizer = optimizer = wrapped(optimizer, self.extrap_config, args, self.accelerator.scaler)
+            self._client_optimizer = self.extrapolated
         return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The class that `base_optimizer` names, or the stock choice, with momentum for `optim: sgd`."""
-        if isinstance(args, ExtrapArguments) and args.base_optimizer is not None:
-            return base_optimizer(args, args.base_optimizer)
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if isinstance(args, ExtrapArguments) and args.sgd_momentum:
-            kwargs |= {"momentum": args.sgd_momentum, "nesterov": args.sgd_nesterov}
-        return optimizer_class, kwargs
+        return class_and_arguments(args, Trainer.get_optimizer_cls_and_kwargs, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The stock scheduler, or step decay if `lr_milestones` are given."""
@@ -182,13 +183,14 @@ class ExtrapTrainerMixin(TrainerBase):
         An evaluation marks the bare model as prepared, and accelerate would then not wrap it for DDP: each process
         would train alone.
         """
-        vars(self.model).pop("_is_accelerate_prepared", None)
-        self._running_loss.start()
+        if self.model is not None:
+            vars(self.model).pop("_is_accelerate_prepared", None)
         output_dir, integrity = Path(str(self.args.output_dir)), self.args.checkpoint_integrity
         self.resumed_from = find_checkpoint(resume_from_checkpoint, output_dir, integrity)
         return super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._running_loss.start()
         model, dataloader = super()._prepare_for_training(*args, **kwargs)
         self._connect(model)
         return model, dataloader
@@ -222,7 +224,8 @@ class ExtrapTrainerMixin(TrainerBase):
             self._loss_kwargs_checked, model = True, self.accelerator.unwrap_model(self.model)
             with self.compute_loss_context_manager():
                 uses = uses_num_items(model, super().compute_loss, self.prepare(batches[0]))
-            self.model_accepts_loss_kwargs, num_items = uses, num_items if uses else None
+            self.model_accepts_loss_kwargs = self._uses_num_items = uses
+            num_items = num_items if uses else None
         if self.augment is not None:
             batches = [self._augmented(inputs, index) for index, inputs in enumerate(batches)]
         self._micro_batch = 0
@@ -254,11 +257,8 @@ class ExtrapTrainerMixin(TrainerBase):
             with self.local_sgd.step(model, micro_batch), self._batch_norm.of_first_worker(model, worker):
                 if moves and optimizer.wants_probe:
                     self._fresh.probe(model, optimizer, worker)
-                if moves:
-                    optimizer.train(worker=worker)
-                loss = super().training_step(model, inputs, num_items_in_batch)
-                if moves:
-                    optimizer.restore()
+                with pass_at_y(optimizer, worker) if moves else nullcontext():
+                    loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_batch += 1
         # DeepSpeed has taken the step by now.
         is_whole = self._micro_batch == len(self._fresh.batches) and not self.is_deepspeed_enabled

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .base import Engine
-from .checks import check_arguments, check_known, check_params, check_scheme
+from .checks import check_arguments, check_known, check_params, check_scheme, needs_closure, steps_in_backward
 from .fsdp import is_sharded
 from .hsdp import has_replicas
 
@@ -50,4 +50,14 @@ def engine_of(model: nn.Module, base: Optimizer) -> Engine:
     return Engine(base)
 
 
-__all__ = ["REGISTRY", "Engine", "check_arguments", "check_known", "check_params", "check_scheme", "engine_of"]
+__all__ = [
+    "REGISTRY",
+    "Engine",
+    "check_arguments",
+    "check_known",
+    "check_params",
+    "check_scheme",
+    "engine_of",
+    "needs_closure",
+    "steps_in_backward",
+]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from ..config import ExtrapConfig
 from ..sharding import is_sharded
@@ -27,12 +29,32 @@ def check_arguments(base: Any, config: ExtrapConfig, virtual_workers: Any) -> No
         raise TypeError(f"base is a {type(base).__name__}; allowed: any torch.optim.Optimizer but Extrapolated.")
     if isinstance(virtual_workers, bool) or not isinstance(virtual_workers, int) or virtual_workers < 1:
         raise ValueError(f"virtual_workers is {virtual_workers!r}; allowed: a whole number >= 1.")
-    if config.moves and isinstance(base, LBFGS):
+    name = type(base).__name__
+    if steps_in_backward(base):
+        raise ValueError(f"base is {name}, which steps inside the backward pass; allowed: {name} without Extrapolated.")
+    if config.moves and needs_closure(base):
         raise ValueError(
-            "base is LBFGS, which evaluates its closure at points of its own; allowed: direction 'none', or another "
+            f"base is {name}, which evaluates its closure at points of its own; allowed: direction 'none', or another "
             "optimizer."
         )
     check_params([p for group in base.param_groups for p in group["params"]], config)
+
+
+def needs_closure(base: Optimizer) -> bool:
+    """Whether every step needs a closure, as that of LBFGS."""
+    kind: Any = type(base)
+    return _step_needs_closure(kind)
+
+
+@cache
+def _step_needs_closure(kind: Any) -> bool:
+    _, *parameters = inspect.signature(kind.step).parameters.values()
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def steps_in_backward(base: Optimizer) -> bool:
+    """Whether hooks of the backward pass step each parameter, as those of LOMO and of layer-wise GaLore and APOLLO."""
+    return any(kind.__name__ in ("Lomo", "AdaLomo", "LayerWiseDummyOptimizer") for kind in type(base).__mro__)
 
 
 def check_params(params: Sequence[Tensor], config: ExtrapConfig) -> None:

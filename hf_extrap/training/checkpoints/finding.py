@@ -10,7 +10,7 @@ from typing import Literal
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, get_int_from_env
 
-from .folders import ASIDE, MANIFEST_FILE, STATE_FILE, checkpoints
+from .folders import ASIDE, MANIFEST_FILE, STATE_FILE, CheckpointNotFoundError, checkpoints
 from .manifest import find_damage
 from .saving import recover
 
@@ -22,17 +22,17 @@ def check_exists(resume: str | Path | bool | None, output_dir: Path) -> bool:
     """Whether a run is to resume, as in `find_checkpoint`; nothing is verified.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no checkpoint in `output_dir`.
+        CheckpointNotFoundError: there is no such folder, or no checkpoint in `output_dir`.
     """
     word = str(resume or False)
     if word.lower() == "false":
         return False
     if word.lower() != "true":
         if not Path(word).is_dir():
-            raise FileNotFoundError(f"checkpoint {word} does not exist.")
+            raise CheckpointNotFoundError(f"Can't find a valid checkpoint at {word}: checkpoint {word} does not exist.")
     # In this order, since another process may be moving one from the first folder to the second.
     elif not (checkpoints(output_dir / ASIDE) or checkpoints(output_dir)):
-        raise FileNotFoundError(f"output_dir {output_dir} holds no checkpoint to resume from.")
+        raise _none_in(output_dir, "no checkpoint to resume from")
     return True
 
 
@@ -46,7 +46,7 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: Path, integrit
             `warn` logs the damage; `off` verifies nothing.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no whole checkpoint in `output_dir`.
+        CheckpointNotFoundError: there is no such folder, or no whole checkpoint in `output_dir`.
         ValueError: the given checkpoint is damaged; the sentence names the files.
     """
     if not check_exists(resume, output_dir):
@@ -67,7 +67,7 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: Path, integrit
         passed_over.append(f"{path.name}: {_listed(damage)}")
         logger.warning("checkpoint %s is damaged (%s) and passed over", path, _listed(damage))
     reason = f"no whole checkpoint ({'; '.join(passed_over)})" if passed_over else "no checkpoint to resume from"
-    raise FileNotFoundError(f"output_dir {output_dir} holds {reason}.")
+    raise _none_in(output_dir, reason)
 
 
 def check_whole(checkpoint: Path, integrity: Integrity) -> None:
@@ -113,6 +113,12 @@ def _missing(checkpoint: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         found.append(f"{STATE_FILE} is unreadable ({type(error).__name__})")
     return found
+
+
+def _none_in(output_dir: Path, reason: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"No valid checkpoint found in output directory ({output_dir}): output_dir holds {reason}."
+    )
 
 
 def _warn(checkpoint: Path, damage: list[str]) -> None:

@@ -10,6 +10,10 @@ ASIDE = "_incomplete"
 """Folder in the run's folder, on the same disk, in which a checkpoint is written or deleted; uploads leave out `_*`."""
 
 
+class CheckpointNotFoundError(FileNotFoundError, ValueError):
+    """There is no checkpoint; transformers raises a ValueError with the same first words, which scripts catch."""
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The folders checkpoint-N in a folder, by N; nothing is verified."""
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]

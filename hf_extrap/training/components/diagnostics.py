@@ -122,7 +122,8 @@ class Diagnostics(Component):
         logs["extrap/skipped_steps"] = optimizer.skipped_steps
         workers = round(mean["passes"]) * trainer.accelerator.num_processes
         if workers >= 2 and math.isfinite(mean["pass_square"]):
-            small = trainer.args.train_batch_size * trainer.batch_size_unit
+            # Not that of the arguments, which `auto_find_batch_size` may have decreased.
+            small = (trainer.state.train_batch_size or trainer.args.train_batch_size) * trainer.batch_size_unit
             self._noise_scale.update(mean["pass_square"], mean["gradient_square"], small, workers * small)
             logs["extrap/gradient_noise_scale"] = self._noise_scale.value
             logs["extrap/batch_size"] = workers * small
