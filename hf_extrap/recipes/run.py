@@ -174,7 +174,7 @@ def _run(
             title = f"{metrics['task'].replace('_', ' ')}, preset {metrics['preset']}"
             drawn = draw_curves(folder.read_history(), prepared.metric, folder.path / CURVES_FILE, title)
             figure, baseline = CURVES_FILE if drawn else None, find_baseline(folder.path, metrics)
-            trainer.card = make_card(metrics, model, figure, baseline, getattr(trainer, "hub_model_id", None))
+            trainer.uploads.card = make_card(metrics, model, figure, baseline, getattr(trainer, "hub_model_id", None))
             trainer.create_model_card()
     if configuration.run.save_model and arguments.push_to_hub:
         # With this card and figure; it saves the model first.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from hf_extrap.optim.extrapolated import Extrapolated
 from hf_extrap.optim.probing import pass_at_y
@@ -37,12 +33,10 @@ from .components.fresh_direction import FreshDirection
 from .components.local_sgd import LocalSteps
 from .components.running_loss import RunningLoss
 from .components.sharpness import Sharpness
-from .figures import CURVES_FILE, draw_curves
 from .loss_scaling import uses_num_items
-from .markdown import one_line
-from .model_card import complete_card
 from .optimizers import class_and_arguments, scale_learning_rate, scheme_of, step_decay, wrapped
 from .requirements import check_deepspeed_runs, check_requirements
+from .uploads import Uploads
 
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerBase
@@ -65,13 +59,12 @@ class ExtrapTrainerMixin(TrainerBase):
         local_sgd: the local steps of `local_steps`.
         sharpness: measures the largest curvature.
         resumed_from: the checkpoint that `train` has resumed from.
-        card: a model card to write, on the first process, in place of the Trainer's own.
+        uploads: the model card, and what else goes to the Hub beside the weights.
     """
 
     args: ExtrapTrainingArguments
     model: nn.Module
     resumed_from: Path | None = None
-    card: ModelCard | None = None
     _client_optimizer: Extrapolated | None = None
     _connected_to: nn.Module | None = None
     _tag_names = ["hf_extrap"]
@@ -90,6 +83,7 @@ class ExtrapTrainerMixin(TrainerBase):
         self._configure()
         self._micro_batch = 0
         self._writer = CheckpointWriter(self)
+        self.uploads = Uploads(self)
         self.local_sgd = LocalSteps(self)
         self.carried = CarriedState(self)
         self.sharpness = Sharpness(self)
@@ -178,12 +172,9 @@ class ExtrapTrainerMixin(TrainerBase):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The stock training, from a verified checkpoint, and also after an evaluation.
-
-        An evaluation marks the bare model as prepared, and accelerate would then not wrap it for DDP: each process
-        would train alone.
-        """
+        """The stock training, from a verified checkpoint, and also after an evaluation."""
         if self.model is not None:
+            # Marked by an evaluation: accelerate would not wrap the model for DDP, and each process would train alone.
             vars(self.model).pop("_is_accelerate_prepared", None)
         output_dir, integrity = Path(str(self.args.output_dir)), self.args.checkpoint_integrity
         self.resumed_from = find_checkpoint(resume_from_checkpoint, output_dir, integrity)
@@ -291,26 +282,8 @@ class ExtrapTrainerMixin(TrainerBase):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """`card`, or the stock card with the scheme, the base optimizer's real name and, by Matplotlib, the curves."""
-        folder = Path(str(self.args.output_dir))
-        if self.card is not None:
-            self.card.save(folder / "README.md")
-            return
-        name = kwargs.get("model_name") or folder.absolute().name
-        if one_line(name) != name and not args:
-            kwargs["model_name"] = one_line(name)
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and (folder / "README.md").is_file():
-            optimizer, config = self.extrapolated, self.extrap_config
-            figure = self._draw_curves(folder) if optimizer is not None and config.direction != "none" else None
-            complete_card(folder / "README.md", self.args.extrap, config, optimizer, figure)
-
-    def _draw_curves(self, folder: Path) -> str | None:
-        """Draw what was logged beside the card, if Matplotlib is installed."""
-        if find_spec("matplotlib") is None:
-            return None
-        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        return CURVES_FILE if draw_curves(self.state.log_history, metric, folder / CURVES_FILE) else None
+        """`uploads.card`, or the stock card with the scheme, the base optimizer's real name, and the curves."""
+        self.uploads.write_card(super().create_model_card, *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The stock upload, of x, with the statistics of BatchNorm that `save_model` saves."""
@@ -342,15 +315,9 @@ class ExtrapTrainerMixin(TrainerBase):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The upload may run in the background, and the checkpoint is still to be renamed.
-        if self._writer.is_writing:
-            return
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            # The stock Trainer copies the configuration and the weights alone.
-            for code in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(code, str(self.args.output_dir))
-            if self.extrap_config.direction != "none":
-                self.create_model_card(model_name=Path(str(self.hub_model_id)).name)
-        super()._push_from_checkpoint(checkpoint_folder)
+        if not self._writer.is_writing:
+            self.uploads.before_checkpoint(Path(checkpoint_folder))
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
