@@ -75,6 +75,17 @@ class LastStep:
         each = lengths.unbind()
         return torch.stack([each[i] for i in indices])
 
+    def numbers(self) -> list[float] | None:
+        """`lengths` as numbers, which state dicts can be compared by; exact."""
+        return None if self.lengths is None else self.lengths.tolist()
+
+    def load(self, numbers: list[float] | None) -> None:
+        """The inverse of `numbers`."""
+        params = self._engine.params()
+        moved = [p.dtype for p, leaf in zip(params, self._engine.leaves(), strict=True) if leaf.requires_grad]
+        wide = torch.float64 if torch.float64 in moved else torch.float32
+        self.lengths = None if numbers is None else torch.tensor(numbers, dtype=wide, device=params[0].device)
+
     def release(self) -> None:
         """Free the copy of x."""
         for i, x in self._before.items():

@@ -43,7 +43,7 @@ def shared_state(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     """What is the same in every process; with the directions where every process has the same."""
     return {
         **_progress(optimizer),
-        "last_step": optimizer.scheme.last_step.lengths,
+        "last_step": optimizer.scheme.last_step.numbers(),
         "local": None if _is_own(optimizer) else _directions(optimizer),
     }
 
@@ -59,7 +59,7 @@ def check_shared_state(optimizer: ExtrapolatedOptimizer, state: Any) -> None:
         return
     _check_progress(state, "extrap.")
     last_step, local = state.get("last_step"), state.get("local")
-    is_list = isinstance(last_step, Tensor) and last_step.dim() == 1
+    is_list = isinstance(last_step, list) and all(isinstance(length, float) for length in last_step)
     _check(last_step is None or is_list, "extrap.last_step", last_step, "a length for each parameter, or none")
     if local is not None:
         _check_directions(optimizer, local, "extrap.local")
@@ -69,7 +69,7 @@ def load_shared_state(optimizer: ExtrapolatedOptimizer, state: dict[str, Any]) -
     """The inverse of `shared_state`; with an empty one directions start cold."""
     _load_progress(optimizer, state)
     optimizer.is_resumed, scheme = bool(state), optimizer.scheme
-    scheme.last_step.lengths = state.get("last_step")
+    scheme.last_step.load(state.get("last_step"))
     scheme.direction.start_cold(warn=True)
     scheme.step_size.curvature = {}
     if state.get("local") is not None:

@@ -112,7 +112,7 @@ def set_in(path: str, value: Any = MISSING) -> Callable[[dict[str, Any]], None]:
         (set_in("extrap/step_count", "three"), "step_count"),
         (set_in("extrap/step_count", -1), "step_count"),
         (set_in("extrap/peak_lr", ["high"]), "peak_lr"),
-        (set_in("extrap/last_step", torch.ones(2, 2)), "last_step"),
+        (set_in("extrap/last_step", torch.ones(2)), "last_step"),
         (set_in("extrap/local", 3), "local"),
         (set_in("extrap/local/owner"), "owner"),
         (set_in("extrap/local/directions"), "directions"),
