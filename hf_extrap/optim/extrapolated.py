@@ -109,10 +109,8 @@ class Extrapolated(OptimizerWrapper):
     def wants_probe(self) -> bool:
         """Whether a gradient at x, inside `probing`, must come before the next `train`."""
         self.notice_skip()
-        step = self.in_progress
-        if step.is_probed or not self.scheme.needs_probe(self.step_count):
-            return False
-        return len(step.probed) < (self.virtual_workers if self.config.is_local else 1)
+        step, needed = self.in_progress, self.virtual_workers if self.config.is_local else 1
+        return not step.is_probed and self.scheme.needs_probe(self.step_count) and len(step.probed) < needed
 
     @contextmanager
     def probing(self, worker: int | None = None, model: nn.Module | None = None) -> Iterator[Backward]:
@@ -286,14 +284,15 @@ class Extrapolated(OptimizerWrapper):
     load_local_state_dict = state.load_local_state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        self.restore()
+        x = state.restored(self)
         parts = ("engine", "scheme", "in_progress", "step", "_given")
         saved = {name: value for name, value in self.__dict__.items() if name not in parts}
-        return {**saved, "local_state": self.local_state_dict()}
+        return {**saved, "local_state": self.local_state_dict(), "x": x}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        local_state = saved.pop("local_state")
+        local_state, x = saved.pop("local_state"), saved.pop("x")
         self.__dict__.update(saved)
         self._assemble(Engine(self.base))
         self.load_local_state_dict(local_state)
         self._initialize()
+        state.put_back(self, x)

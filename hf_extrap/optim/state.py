@@ -106,6 +106,27 @@ def load_local_state_dict(optimizer: ExtrapolatedOptimizer, state_dict: dict[str
     _load_directions(optimizer, state_dict)
 
 
+def restored(optimizer: ExtrapolatedOptimizer) -> list[Tensor]:
+    """Restore x; copies of it if the parameters held y, and nothing otherwise.
+
+    Who copies or pickles a model before its optimizer, in the middle of a step, copies y.
+    """
+    is_moved = optimizer.scheme.displacement.worker is not None
+    optimizer.restore()
+    return [p.detach().clone() for p in _params(optimizer)] if is_moved else []
+
+
+@torch.no_grad()
+def put_back(optimizer: ExtrapolatedOptimizer, x: list[Tensor]) -> None:
+    """Write what `restored` returned to the parameters of a copy."""
+    for p, value in zip(_params(optimizer), x, strict=False):
+        p.copy_(value)
+
+
+def _params(optimizer: ExtrapolatedOptimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _progress(optimizer: ExtrapolatedOptimizer) -> dict[str, Any]:
     return {
         "step_count": optimizer.step_count,

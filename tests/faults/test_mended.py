@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_extrap import ExtrapConfig, Extrapolated, ExtrapTrainingArguments
-from tests.support.plain_loop import PRESETS
+from tests.support.plain_loop import PRESETS, identical, make_batch, make_model, values
 from tests.support.refusals import assert_refusal
 
 
@@ -116,3 +118,19 @@ def test_statistics_of_complex_parameters() -> None:
     optimizer.step()
     assert optimizer.statistics["gradient_square"] == pytest.approx(25)
     assert optimizer.statistics["step_length"] == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
+)
+def test_a_model_that_is_copied_at_y_before_its_optimizer_holds_x(copied: Any) -> None:
+    model = make_model()
+    x = values(list(model.parameters()))
+    optimizer = Extrapolated(torch.optim.AdamW(model.parameters()), ExtrapConfig.preset("sam"))
+    inputs, labels = make_batch(0, 0)
+    with optimizer.probing() as backward:
+        backward(nn.functional.cross_entropy(model(inputs), labels))
+    optimizer.train()
+    assert not identical(list(model.parameters()), x)
+    other, _ = copied((model, optimizer))
+    assert identical(list(other.parameters()), x) and identical(list(model.parameters()), x)

@@ -71,7 +71,8 @@ def dangle(path: Path, other: Path) -> None:
 
 def leave(path: Path, other: Path) -> None:
     """A link to the same content outside of the folder."""
-    outside = path.parent.parent / f"outside_{path.name}"
+    checkpoint = next(parent for parent in path.parents if parent.name.startswith("checkpoint-"))
+    outside = checkpoint.parent / f"outside_{path.name}"
     os.replace(path, outside)
     path.symlink_to(outside)
 
