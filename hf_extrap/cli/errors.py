@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,8 +13,12 @@ from typer.exceptions import TyperException
 #: Parts of the messages of libraries whose errors have no type of their own.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
 UNWRITTEN = ("inline_container.cc", "PytorchStreamWriter", "basic_ios::clear", "os error 27", "os error 28")
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 #: A value and the allowed ones: this package's form, the tasks' and argparse's.
-REFUSED = re.compile(r"'([^' ]+)'(?:; allowed| is unknown|: choose one of|:? \(choose from).*", re.DOTALL)
+REFUSED = re.compile(
+    r"(?:(?<=is )(?='[^' ]+'; allowed)|(?='[^' ]+'(?: is unknown|: choose one of|:? \(choose from)))'([^' ]+)'.*",
+    re.DOTALL,
+)
 
 
 def sentence_of(error: Exception, program: Any, words: Sequence[str]) -> str | None:
@@ -26,6 +31,9 @@ def sentence_of(error: Exception, program: Any, words: Sequence[str]) -> str | N
     # `in FOLDER`, for an error that names no file.
     place = " ".join(getattr(error, "__notes__", ()))
     if isinstance(error, OSError) and error.strerror:
+        if error.errno in FULL and place:
+            # The file that is named may be the one that was copied.
+            return f"{place}: {error.strerror}."
         return ": ".join(str(part) for part in (error.filename or place, f"{error.strerror}.") if part)
     sentence = " ".join(str(error).split()).removesuffix(".") + "."
     if any(sign in sentence for sign in OUT_OF_MEMORY):

@@ -85,9 +85,10 @@ def test_a_configuration_launches_its_engine(repository: Path, tmp_path: Path, n
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "environment"),
-    [("fsdp2", {}), pytest.param("zero2", {"ACCELERATE_USE_CPU": "true"}, marks=pytest.mark.matrix)],
+    [("fsdp2", {}), ("zero2", {"ACCELERATE_USE_CPU": "true"})],
     ids=["fsdp2", "zero2"],
 )
 def test_the_fallback_to_ddp_on_a_cpu(repository: Path, tmp_path: Path, name: str, environment: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_quick_start(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(repository / "examples/quick_start.ipynb", as_version=4)
     nbformat.validate(notebook)

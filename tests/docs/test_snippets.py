@@ -107,6 +107,13 @@ class CommandLines:
                     rest.pop(0)
             resolve(path, [word for word in fields if word not in ("--help", "-h", "--dry_run")])
             return
+        if name == "init":
+            # Later commands take what it writes.
+            (folder := Path(rest[0])).mkdir(exist_ok=True)
+            for split in ("train", "validation", "test"):
+                (folder / f"{split}.txt").write_text("some words\n" * 40)
+            assert main(words) == 0
+            return
         printed = self.help_of(name)
         for word in rest:
             if word.startswith("--"):
