@@ -75,6 +75,7 @@ def test_the_full_batch(run_here: Callable[..., list[float]]) -> None:
     assert past[0] == past[1] < 70 and past[0] < 0.8 * plain[0]
 
 
+@pytest.mark.matrix
 def test_the_stability_limits(run_here: Callable[..., list[float]]) -> None:
     found = run_here("stability.py")
     # Extrapolation by c times the last step divides the heavy ball's largest rate by 1 + 2c.

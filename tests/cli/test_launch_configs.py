@@ -65,8 +65,8 @@ def launch_one(repository: Path, folder: Path, name: str, *words: str, **environ
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
 
 
-#: Launched by make test: two nodes, and offloading; the tests of each engine launch the others.
-DEFAULT = ("two_nodes_cpu", "zero2_offload")
+#: Launched by make test; the tests of each engine form process groups of the others.
+DEFAULT = ("zero2_offload",)
 
 
 @pytest.mark.distributed

@@ -100,9 +100,7 @@ alone = functools.cache(engine_problem.alone)
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.matrix if name in ("ddp", "zero0", "zero1") else []) for name in ENGINES
-    ],
+    params=[pytest.param(name, marks=pytest.mark.matrix if name not in ("zero2", "zero3") else []) for name in ENGINES],
 )
 def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param

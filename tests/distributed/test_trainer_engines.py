@@ -104,7 +104,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS = [
-    *(pytest.param((engine, presets), id=engine) for engine, presets in PRESETS.items()),
+    *(
+        pytest.param((engine, presets), id=engine, marks=pytest.mark.matrix if engine == "zero2" else [])
+        for engine, presets in PRESETS.items()
+    ),
     *(pytest.param((e, presets), id=f"{e}, matrix", marks=pytest.mark.matrix) for e, presets in MATRIX.items()),
 ]
 

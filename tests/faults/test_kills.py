@@ -12,7 +12,7 @@ from tests.support.soak import count
 
 KILLS = {
     "one": count(quick=4, soak=25),
-    "ddp": count(quick=2, soak=20),
+    "ddp": count(quick=1, soak=20),
     "uneven": count(quick=0, soak=5),
     "zero1": count(quick=0, soak=25),
     "fsdp2": count(quick=0, soak=25),

@@ -63,6 +63,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.matrix
 def test_processes_that_see_a_signal_in_different_steps_stop_in_the_same_one(tmp_path: Path) -> None:
     assert launch(tmp_path / "whole", "ddp", None) == [0, 0]
     # The second process alone receives it.

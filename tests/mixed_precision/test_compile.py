@@ -39,8 +39,9 @@ class Compiled:
 
 
 RUNS = {
-    "few": [("float32", "extrap", "aot_eager"), ("bf16 parameters", "extrap-past", "aot_eager")],
+    "few": [("float32", "extrap", "aot_eager")],
     "matrix": [
+        ("bf16 parameters", "extrap-past", "aot_eager"),
         *(("float32", preset, "aot_eager") for preset in PRESETS if preset != "extrap"),
         ("bf16 autocast", "extrap", "aot_eager"),
         ("fp16 and GradScaler", "extrap-past", "aot_eager"),

@@ -139,6 +139,7 @@ def test_a_method_is_reported_at_its_own_batch_sizes(computed: ComputedRuns, wri
     assert (study.parent / "out/sensitivity.png").stat().st_size > 10_000
 
 
+@pytest.mark.matrix
 def test_a_target_from_the_small_batch(computed: ComputedRuns, write_study: WriteStudy) -> None:
     source = {"metric": "eval_perplexity", "from": {"method": "none", "workers": 1}}
     study = write_study({"target": source})
@@ -176,6 +177,7 @@ def test_diverged_seeds_are_counted(computed: ComputedRuns, write_study: WriteSt
     assert "none × 1: 1 runs failed" in shown
 
 
+@pytest.mark.matrix
 def test_the_sharpness_where_training_ends(computed: ComputedRuns, write_study: WriteStudy) -> None:
     study = write_study()
     folder = study.parent / "out"
@@ -199,6 +201,7 @@ def test_the_sharpness_where_training_ends(computed: ComputedRuns, write_study: 
     assert (folder / "along_training.png").stat().st_size > 10_000
 
 
+@pytest.mark.matrix
 def test_a_rate_that_trains_badly_does_not_flatten_the_figure(computed: ComputedRuns, write_study: WriteStudy) -> None:
     # Perplexities within 1 of each other, but for 50 + 10 * 36 at a rate of a millionth.
     rates = [1e-6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4]
