@@ -24,12 +24,13 @@ test: .venv/installed-test
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations 10 -m "matrix or not matrix"
 
-# The library alone, with the oldest versions of its requirements, in a virtual environment of its own.
+# The library alone, with the oldest versions of its requirements, in a virtual environment of its own. Without Marian,
+# whose masks torch.func.vmap, and so batch_workers, cannot batch in Transformers 5.12.
 OLDEST := tests/optim tests/invariants/test_1_none_is_base.py tests/invariants/test_2_between_steps_x.py \
     tests/invariants/test_7_resume.py tests/training/test_arguments.py tests/training/test_trainer.py \
     tests/training/test_resuming.py tests/training/test_checkpoints.py
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -q $(OLDEST)
+	.venv-oldest/bin/python -m pytest -q -k "not marian" $(OLDEST)
 
 # Kills, damages and random cases in large numbers.
 soak: .venv/installed-test
