@@ -100,7 +100,7 @@ class RunRecorder(TrainerCallback):
         """The logged rows, those of training with their steps per second."""
         rates = self._rates
         return [
-            {**row, RATE: rates[row["step"]]} if "loss" in row and row["step"] in rates else row
+            {**row, RATE: rates[int(row["step"])]} if "loss" in row and int(row["step"]) in rates else row
             for row in state.log_history
         ]
 
