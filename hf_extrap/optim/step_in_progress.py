@@ -73,7 +73,9 @@ class StepInProgress:
         if self.is_observed:
             return
         self.is_observed, scheme = True, self.scheme
-        if scheme.measures_curvature(number) and not scheme.direction.local and 0 in self.probed:
+        # A step may come without a backward pass at y.
+        has_pass = not clipped or self.engine.steps_inside or 0 in scheme.local_gradients.workers()
+        if scheme.measures_curvature(number) and not scheme.direction.local and 0 in self.probed and has_pass:
             factor = self._clipping(gradients) if clipped else 1.0
             scheme.measure_curvature(0, [g if g is None else g / factor for g in gradients])
         if collects:

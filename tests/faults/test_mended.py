@@ -134,3 +134,16 @@ def test_a_model_that_is_copied_at_y_before_its_optimizer_holds_x(copied: Any) -
     assert not identical(list(model.parameters()), x)
     other, _ = copied((model, optimizer))
     assert identical(list(other.parameters()), x) and identical(list(model.parameters()), x)
+
+
+def test_a_step_without_a_pass_at_y_measures_no_curvature() -> None:
+    model = make_model()
+    optimizer = Extrapolated(
+        torch.optim.AdamW(model.parameters()), ExtrapConfig.preset("extragradient", step_size="auto")
+    )
+    inputs, labels = make_batch(0, 0)
+    with optimizer.probing() as backward:
+        backward(nn.functional.cross_entropy(model(inputs), labels))
+    x = values(list(model.parameters()))
+    optimizer.step()
+    assert identical(list(model.parameters()), x)
