@@ -58,8 +58,7 @@ def print_fields(task: Task) -> None:
 
 
 def _fields(kind: Any) -> Iterator[Any]:
-    own = {**{name: None for each in kind.__mro__ for name in getattr(each, "__annotations__", ())}}
-    return (field for field in dataclasses.fields(kind) if field.init and field.name in own)
+    return (field for field in dataclasses.fields(kind) if field.init)
 
 
 def _default(field: Any) -> str:

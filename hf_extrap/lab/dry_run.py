@@ -18,7 +18,7 @@ from hf_extrap.recipes.configuration import PROGRAM_DEFAULTS, Configuration
 from hf_extrap.recipes.run import check_size, make_trainer
 from hf_extrap.recipes.run_folder import plain
 from hf_extrap.recipes.secrets import is_secret
-from hf_extrap.recipes.task import PreparedTask
+from hf_extrap.recipes.task import PreparedTask, element_count
 from hf_extrap.training.model_card import optimizer_name
 from hf_extrap.training.trainer import ExtrapTrainerMixin
 
@@ -113,7 +113,8 @@ def _sizes(trainer: ExtrapTrainerMixin, prepared: PreparedTask, config: ExtrapCo
     """Parameters, memory of a process and communication of a step."""
     arguments, parameters = trainer.args, list(prepared.model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    count, frozen = sum(_size(p) for p in trained), sum(_size(p) for p in parameters if not p.requires_grad)
+    count = sum(map(element_count, trained))
+    frozen = sum(map(element_count, parameters)) - count
     optimizer = trainer.create_optimizer()
     state = optimizer_state_bytes(getattr(optimizer, "base", optimizer))
     engine, preset, ranks = _engine(trainer), preset_like(config), arguments.world_size
@@ -158,10 +159,6 @@ def _engine(trainer: ExtrapTrainerMixin) -> str:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         return f"zero{stage}" if stage else "ddp"
     return "zero3" if trainer.is_fsdp_enabled else "ddp"
-
-
-def _size(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _bytes(count: float) -> str:

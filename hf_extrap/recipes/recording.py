@@ -13,7 +13,7 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from hf_extrap.optim.sharding import is_sharded
-from hf_extrap.recipes.run_folder import HISTORY_FILE, RunFolder
+from hf_extrap.recipes.run_folder import RunFolder
 from hf_extrap.training.figures import spoken
 
 #: Steps per second, without evaluations and saving, since the last logged row.
@@ -54,8 +54,7 @@ class RunRecorder(TrainerCallback):
         self._ended: float | None = None
         self._unlogged: list[float] = []
         # A resumed run keeps the rates of the steps before its checkpoint.
-        known = folder.read_history() if (folder.path / HISTORY_FILE).is_file() else []
-        self._rates: dict[int, float] = {row["step"]: row[RATE] for row in known if RATE in row}
+        self._rates: dict[int, float] = {row["step"]: row[RATE] for row in folder.read_history() if RATE in row}
 
     @property
     def seconds_per_step(self) -> float | None:

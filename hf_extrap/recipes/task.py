@@ -71,4 +71,9 @@ def check_fields(arguments: Any, **conditions: tuple[bool, str]) -> None:
 
 def parameter_count(model: torch.nn.Module) -> int:
     """Number of parameters, including those that ZeRO-3 has partitioned."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return sum(map(element_count, model.parameters()))
+
+
+def element_count(parameter: torch.nn.Parameter) -> int:
+    """Number of elements of a parameter, the whole of one that ZeRO-3 has partitioned."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

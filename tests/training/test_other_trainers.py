@@ -88,6 +88,18 @@ def grpo(tokenizer: Any) -> tuple[Any, ...]:
     return "GRPO", gpt2(tokenizer), fields, {"train_dataset": data, "reward_funcs": length_reward}
 
 
+THREE_STEPS: dict[str, Any] = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
 def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
@@ -104,15 +116,8 @@ def test_trl(make: Any, tokenizer: Any, tmp_path: Path) -> None:
             fields = {**fields, "extrap": extrap}
         args = config_kind(
             output_dir=str(tmp_path / str(extrap)),
-            max_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=0.01,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
             bf16=False,
-            use_cpu=True,
-            disable_tqdm=True,
+            **THREE_STEPS,
             **fields,
         )
         trainer = trainer_kind(model=model, args=args, processing_class=tokenizer, **words)
@@ -156,14 +161,7 @@ def test_sentence_transformers(tokenizer: Any, tmp_path: Path) -> None:
             kind, arguments, field = Ours, Arguments, {"extrap": extrap}
         args = arguments(
             output_dir=str(tmp_path / str(extrap)),
-            max_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=0.01,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
+            **THREE_STEPS,
             **field,
         )
         trainer = kind(model=model, args=args, train_dataset=data, loss=MultipleNegativesRankingLoss(model))
